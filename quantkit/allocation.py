@@ -1,0 +1,267 @@
+"""From a budget to one candidate: calibrator, widths, forms; and from a saved plan to the same bytes again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from quantkit import forms
+from quantkit.budget import Budget
+from quantkit.candidate import CALIBRATION_METHODS, Candidate, Context, activation_params, assemble, build, measure
+from quantkit.costs.size import layer_bytes
+from quantkit.errors import InputError
+from quantkit.forms import Chooser, Option, static_layers
+from quantkit.graph.emit import emitter
+from quantkit.graph.regions import find_regions
+from quantkit.methods import make
+from quantkit.plan import resolve
+from quantkit.report.progress import Progress
+from quantkit.report.types import Contender
+from quantkit.types import AllocationProblem, Allocator, LayerPlan, Measurement, Plan, QuantSpec
+
+DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+TRIES = 4
+LATENCY_TIGHTENING = 0.93
+SLOWER = 1.05
+
+Outcome = tuple[Candidate, Plan, tuple[Contender, ...]]
+
+
+def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
+    """Choose a calibrator, widths and forms; the candidate that was kept, its plan, and everything measured."""
+    contenders: list[tuple[Candidate, Measurement]] = []
+    with progress.task("choosing the calibrator"):
+        calibrator = _calibrator(context, contenders)
+    with progress.task("allocating bits"):
+        candidate = _within_size(context, budget, calibrator)
+        candidate = _within_latency(context, budget, calibrator, candidate, contenders)
+    rows = tuple(
+        Contender(other.name, other.size, figures.sqnr, figures.latency, other.content == candidate.content)
+        for other, figures in contenders
+    )
+    return candidate, _plan(context, candidate, calibrator), rows
+
+
+def _widths(specs: Mapping[str, QuantSpec]) -> dict[str, int]:
+    return {name: spec.bits for name, spec in specs.items()}
+
+
+def _calibrator(context: Context, contenders: list[tuple[Candidate, Measurement]]) -> str:
+    """The user's, or the one with which 8-bit integers come closest to the float model on held-out samples."""
+    if context.options.calibrator != "auto":
+        return context.options.calibrator
+    if not context.histograms or context.held_out is None:
+        return "minmax"
+    widths = dict.fromkeys(context.targets, 8)
+    best, best_sqnr = "minmax", -float("inf")
+    for method in CALIBRATION_METHODS:
+        candidate = build(context, widths, method, name=f"8 bits, {method}")
+        found = measure(context, candidate)
+        contenders.append((candidate, found))
+        if found.sqnr > best_sqnr:
+            best, best_sqnr = method, found.sqnr
+    return best
+
+
+def _problem(context: Context, budget: Budget, calibrator: str, overshoot: int) -> AllocationProblem:
+    targets = context.targets
+    floats = sum(4 * target.shape[0] * target.shape[1] for target in targets.values())
+    chooser = _sizing_chooser(context)
+
+    def specs(name: str) -> tuple[QuantSpec, ...]:
+        widths = sorted(context.options.bits or DEFAULT_WIDTHS, reverse=True)
+        return tuple(chooser.spec(targets[name], bits, _sizing_form(chooser, name, context)) for bits in widths)
+
+    def evaluate(chosen: Mapping[str, QuantSpec]) -> Measurement:
+        return measure(
+            context, build(context, _widths(chosen), calibrator, name="trial", max_latency=budget.max_latency)
+        )
+
+    return AllocationProblem(
+        targets=targets,
+        stats=context.stats,
+        candidates={name: specs(name) for name in targets},
+        budget=budget,
+        size=layer_bytes,
+        float_size=context.loaded.size,
+        fixed_size=max(context.loaded.size - floats, 0) + overshoot,
+        quantize=context.quantize,
+        evaluate=evaluate,
+    )
+
+
+def _sizing_chooser(context: Context) -> Chooser:
+    static = static_layers(context.loaded.model, context.targets, context.options.target, context.options.activations)
+    return Chooser(
+        runtime=context.options.target,
+        activations=context.options.activations,
+        group_size=context.options.group_size,
+        static=frozenset(static if context.histograms else ()),
+        activation_of={},
+        stats=context.stats,
+        quantize=context.quantize,
+        cost=context.cost,
+    )
+
+
+def _sizing_form(chooser: Chooser, name: str, context: Context) -> str:
+    """The form whose storage a size estimate assumes: static rows, or groups."""
+    if name in chooser.static:
+        return "qdq"
+    return "gather" if context.targets[name].op == "Gather" else "packed"
+
+
+def _within_size(context: Context, budget: Budget, calibrator: str) -> Candidate:
+    """Allocate on estimated sizes; when the real file is larger than the budget, allocate again with the difference."""
+    name = "uniform" if context.options.allocator == "auto" else context.options.allocator
+    settings = {
+        key.partition(".")[2]: value for key, value in context.options.settings.items() if key.startswith(f"{name}.")
+    }
+    allocator: Allocator = make("allocators", name, settings)
+    limit = budget.max_bytes(context.loaded.size)
+    overshoot = 0
+    for _ in range(TRIES):
+        problem = _problem(context, budget, calibrator, overshoot)
+        widths = _widths(allocator.allocate(problem))
+        label = f"{name} {'/'.join(str(bits) for bits in sorted(set(widths.values())))}"
+        candidate = build(context, widths, calibrator, name=label, max_latency=budget.max_latency)
+        if limit is None or candidate.size <= limit:
+            return candidate
+        overshoot += candidate.size - limit
+    return candidate
+
+
+def _within_latency(
+    context: Context,
+    budget: Budget,
+    calibrator: str,
+    candidate: Candidate,
+    contenders: list[tuple[Candidate, Measurement]],
+) -> Candidate:
+    """Measure; tighten the forms' budget while the model is slower than asked for, and never end slower than float.
+
+    Layers are measured alone, so their sum is only a prediction of the model's time.
+    """
+    if context.held_out is None:
+        return candidate
+    widths = {name: option.spec.bits for name, option in candidate.chosen.items()}
+    wanted = budget.max_latency
+    asked = wanted
+    for attempt in range(TRIES):
+        figures = measure(context, candidate)
+        contenders.append((candidate, figures))
+        if figures.latency <= (SLOWER if wanted is None else wanted):
+            return candidate
+        if wanted is None:  # slower than float without having been asked: the weight-only form of the same size
+            return _not_slower(context, calibrator, widths, candidate, figures, contenders)
+        assert asked is not None
+        asked *= LATENCY_TIGHTENING
+        label = f"{candidate.name.partition(' (')[0]} (tighter {attempt + 1})"
+        candidate = build(context, widths, calibrator, name=label, max_latency=asked)
+    contenders.append((candidate, measure(context, candidate)))
+    return min(contenders, key=lambda pair: pair[1].latency if pair[0].name.startswith("uniform") else float("inf"))[0]
+
+
+def _not_slower(
+    context: Context,
+    calibrator: str,
+    widths: Mapping[str, int],
+    candidate: Candidate,
+    figures: Measurement,
+    contenders: list[tuple[Candidate, Measurement]],
+) -> Candidate:
+    if context.options.activations == "8":
+        return candidate
+    other = build(context, widths, calibrator, name=f"{candidate.name}, weights only", integer="none")
+    measured = measure(context, other)
+    contenders.append((other, measured))
+    return other if measured.latency < figures.latency else candidate
+
+
+def _plan(context: Context, candidate: Candidate, calibrator: str) -> Plan:
+    layers = {
+        name: LayerPlan(option.spec, option.form, _reason(context, option)) for name, option in candidate.chosen.items()
+    }
+    options = context.options
+    settings: dict[str, Any] = {
+        "allocator": "uniform" if options.allocator == "auto" else options.allocator,
+        "quantizer": "mse" if options.quantizer == "auto" else options.quantizer,
+        "calibrator": calibrator,
+        "target": options.target,
+        "seed": options.seed,
+        **{key: value for key, value in sorted(options.settings.items())},
+    }
+    return Plan(layers, candidate.emission.activations, settings)
+
+
+def _reason(context: Context, option: Option) -> str:
+    if option.form == "qdq":
+        return "integer convolution path"
+    if option.form == "gather":
+        return "rows are dequantized as they are looked up"
+    if option.ratio is None:
+        return "float at run time: no integer kernel for this operator"
+    times = f"measured {1 / option.ratio:.2f}x of float alone" if option.ratio else ""
+    kinds = {
+        "dynamic": "int8 product, ranges at run time",
+        "matmulnbits": "stays packed at run time",
+        "packed": "float at run time, most accurate",
+    }
+    del context
+    return f"{kinds.get(option.form, option.form)}; {times}"
+
+
+def apply_plan(context: Context, plan: Plan) -> Outcome:
+    """The candidate that a plan describes; forms left at `auto` are chosen, missing ranges are calibrated.
+
+    Raises:
+        InputError: a rule asks for something impossible, or ranges are missing and there is no calibration data.
+    """
+    resolved = resolve(plan.layers, {name: target.op for name, target in context.targets.items()})
+    calibrator = str(plan.settings.get("calibrator", "minmax"))
+    model = context.loaded.model
+    static = {
+        name: [str(use.node.name) for use in context.targets[name].uses]
+        for name, layer in resolved.items()
+        if layer.spec is not None and layer.form == "qdq"
+    }
+    regions = find_regions(model, [node for nodes in static.values() for node in nodes])
+    missing = [group for group in dict.fromkeys(regions.groups.values()) if group not in plan.activations]
+    params = {group: act for group, act in plan.activations.items() if group in set(regions.groups.values())}
+    if missing:
+        if not set(missing) <= set(context.histograms):
+            raise InputError(
+                f"the plan has no activation range for {missing[0]!r} and {len(missing) - 1} more; give --calib"
+            )
+        calibrated = activation_params(regions, context.histograms, calibrator)
+        params.update({group: calibrated[group] for group in missing})
+    inputs = {name: params[regions.groups[str(context.targets[name].uses[0].data.name)]] for name in static}
+    chooser = replace(_sizing_chooser(context), static=frozenset(static), activation_of=inputs)
+    chosen = {}
+    for name, layer in resolved.items():
+        if layer.spec is not None:
+            chosen[name] = _planned_option(context, chooser, name, layer)
+    candidate = assemble(context, chosen, regions, params, "plan")
+    figures = measure(context, candidate)
+    row = Contender("plan", candidate.size, figures.sqnr, figures.latency, True)
+    layers = {
+        name: LayerPlan(chosen[name].spec, chosen[name].form, layer.reason) if name in chosen else layer
+        for name, layer in resolved.items()
+    }
+    return candidate, Plan(layers, params, plan.settings), (row,) if context.held_out is not None else ()
+
+
+def _planned_option(context: Context, chooser: Chooser, name: str, layer: LayerPlan) -> Option:
+    target, spec = context.targets[name], layer.spec
+    assert spec is not None
+    if layer.form in (None, "auto"):
+        allowed = chooser.options(target, spec.bits)
+        return forms.choose_forms({name: allowed}, model_ms=None, max_latency=None)[name]
+    assert layer.form is not None
+    refusal = emitter(layer.form).refuse(target, spec, context.options.target)
+    if refusal is not None:
+        raise InputError(f"the plan asks for the form {layer.form} at {name}, which is impossible: {refusal}")
+    if layer.form == "qdq" and name not in chooser.activation_of:
+        raise InputError(f"the plan asks for the form qdq at {name}, which lies outside the integer path")
+    return Option(layer.form, spec, chooser.noise(target, spec, layer.form), 0.0, 0.0)

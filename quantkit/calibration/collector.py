@@ -1,0 +1,284 @@
+"""One streaming pass per wave of values: run the float model, read intermediate values, add them up, forget them.
+
+A wave holds as many values as the memory limit allows for one batch plus their accumulators, so neither the number of
+samples nor the depth of the model changes the peak. Layers that read one value in one way share their accumulators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit.calibration.accumulators import Distribution, Gram, Histogram, Moments, RowSample
+from quantkit.calibration.data import CalibrationData
+from quantkit.calibration.rows import to_rows
+from quantkit.errors import InputError
+from quantkit.report.progress import Progress
+from quantkit.runtime.ort import make_session
+from quantkit.types import Array, LayerStats, Target
+
+ROW_LIMIT = 256
+# Convolution positions read per batch: neighbours share most of their inputs, a part tells as much as all.
+POSITIONS = 1024
+ROW_OPERATORS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU"})
+ROW_STATS = frozenset({"abs_mean", "mean", "square_mean", "gram", "rows"})
+UNKNOWN_AXIS = 128
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to collect.
+
+    Attributes:
+        targets: layers whose inputs matter.
+        stats: LayerStats fields to fill.
+        histograms: value name -> the group whose distribution it adds to.
+    """
+
+    targets: Mapping[str, Target]
+    stats: frozenset[str]
+    histograms: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to collect.
+
+    Attributes:
+        memory_limit: bytes of one batch's values and their accumulators.
+        threads: for onnxruntime.
+        seed: of row sampling.
+    """
+
+    memory_limit: int
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Statistics by target name, and distributions by group of values."""
+
+    stats: Mapping[str, LayerStats]
+    histograms: Mapping[str, Distribution]
+
+
+@dataclass
+class _Reader:
+    """Accumulators of one (value, way of reading it)."""
+
+    targets: list[Target]
+    moments: Moments
+    gram: Gram | None
+    sample: RowSample | None
+    tokens: int = 0
+
+
+@dataclass
+class _Watched:
+    """One value: its histogram, its shapes, and everybody who reads it as rows."""
+
+    name: str
+    histogram: Histogram | None
+    readers: dict[tuple[object, ...], _Reader] = field(default_factory=dict)
+    shapes: dict[tuple[int, ...], int] = field(default_factory=dict)
+    lookups: list[Target] = field(default_factory=list)
+    low: float = math.inf
+    high: float = -math.inf
+
+
+def collect(
+    model: ir.Model, data: CalibrationData, request: Request, settings: Settings, progress: Progress
+) -> Collected:
+    """Run the model over the data, once per wave.
+
+    Raises:
+        InputError: the data has no samples, or an activation is NaN or infinite.
+    """
+    watched = _watch(model, request, settings)
+    waves = _waves(model, data, watched, settings.memory_limit)
+    with progress.task("calibrating", total=len(waves) * len(data)) as advance:
+        for wave in waves:
+            session = make_session(_instrumented(model, [item.name for item in wave]), threads=settings.threads)
+            batches = 0
+            for number, feed in enumerate(data):
+                values = {**feed, **session.run(feed)}
+                for item in wave:
+                    _add(item, values[item.name], settings.seed + number)
+                batches += 1
+                advance(1)
+            if batches == 0:
+                raise InputError(f"the calibration data holds no samples: {data.description}")
+    return _result(watched, request)
+
+
+def _main_graph_values(model: ir.Model) -> dict[str, ir.Value]:
+    values = {str(value.name): value for value in model.graph.inputs}
+    return values | {str(value.name): value for node in model.graph for value in node.outputs}
+
+
+def _watch(model: ir.Model, request: Request, settings: Settings) -> list[_Watched]:
+    """Everything to look at, in graph order; values inside subgraphs cannot be reached from outside."""
+    available = _main_graph_values(model)
+    groups = {group: Histogram() for group in request.histograms.values()}
+    watched = {name: _Watched(name, groups[group]) for name, group in request.histograms.items()}
+    for target in request.targets.values():
+        name = str(target.uses[0].data.name)
+        if name not in available or target.name.endswith(".R"):  # a recurrent weight reads the hidden state
+            continue
+        item = watched.setdefault(name, _Watched(name, None))
+        if target.op == "Gather":
+            item.lookups.append(target)
+        elif target.op in ROW_OPERATORS:
+            reader = item.readers.setdefault(_row_key(target), _reader(request.stats, settings))
+            reader.targets.append(target)
+    order = {name: index for index, name in enumerate(available)}
+    return sorted(watched.values(), key=lambda item: order.get(item.name, 0))
+
+
+def _reader(stats: frozenset[str], settings: Settings) -> _Reader:
+    gram = Gram() if "gram" in stats else None
+    sample = RowSample(ROW_LIMIT, settings.seed) if "rows" in stats else None
+    return _Reader([], Moments(), gram, sample)
+
+
+def _attributes(node: ir.Node) -> dict[str, object]:
+    """Attributes that decide how rows are read, as plain values."""
+    names = ("pads", "auto_pad", "strides", "dilations", "transA")
+    return {name: node.attributes[name].value for name in names if name in node.attributes}
+
+
+def _row_key(target: Target) -> tuple[object, ...]:
+    if target.op not in ("Conv", "ConvTranspose"):
+        return (target.op == "Gemm", str(_attributes(target.node)))
+    kernel = target.layout.operand_shape[2:]
+    return (target.op, target.groups, kernel, str(_attributes(target.node)))
+
+
+def _reader_bytes(reader: _Reader) -> int:
+    target = reader.targets[0]
+    num_inputs = target.shape[1]
+    gram = 2 * 8 * target.groups * num_inputs**2 if reader.gram is not None else 0
+    return gram + 4 * target.groups * num_inputs * (ROW_LIMIT + POSITIONS)
+
+
+def _waves(
+    model: ir.Model, data: CalibrationData, watched: Sequence[_Watched], memory_limit: int
+) -> list[list[_Watched]]:
+    """Consecutive values whose batch and accumulators fit the limit together; one that alone exceeds it runs alone."""
+    feed = next(iter(data), None)
+    if feed is None:
+        raise InputError(f"the calibration data holds no samples: {data.description}")
+    sizes = _dimension_sizes(model, feed)
+    available = _main_graph_values(model)
+    waves: list[list[_Watched]] = []
+    used = 0
+    for item in watched:
+        cost = 4 * _elements(available[item.name], sizes) + sum(_reader_bytes(r) for r in item.readers.values())
+        if not waves or used + cost > memory_limit:
+            waves.append([])
+            used = 0
+        waves[-1].append(item)
+        used += cost
+    return waves
+
+
+def _dimension_sizes(model: ir.Model, feed: Mapping[str, Array]) -> dict[str, int]:
+    """What the feed says about the model's symbolic dimensions."""
+    sizes: dict[str, int] = {}
+    for value in model.graph.inputs:
+        array = feed.get(str(value.name))
+        if value.shape is None or array is None or len(value.shape) != array.ndim:
+            continue
+        for dimension, size in zip(value.shape, array.shape, strict=True):
+            if not isinstance(dimension, int) and dimension.value is not None:
+                sizes[dimension.value] = int(size)
+    return sizes
+
+
+def _elements(value: ir.Value, sizes: Mapping[str, int]) -> int:
+    if value.shape is None:
+        return UNKNOWN_AXIS**3
+    total = 1
+    for dimension in value.shape:
+        if isinstance(dimension, int):
+            total *= dimension
+        else:
+            total *= sizes.get(dimension.value or "", UNKNOWN_AXIS)
+    return total
+
+
+def _instrumented(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """A copy that also returns these values."""
+    copy = model.clone()
+    present = {str(value.name) for value in copy.graph.outputs}
+    inputs = {str(value.name) for value in copy.graph.inputs}
+    values = _main_graph_values(copy)
+    for name in names:
+        if name not in present and name not in inputs:
+            value = values[name]
+            if value.type is None:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+            copy.graph.outputs.append(value)
+    return copy
+
+
+def _add(item: _Watched, value: Array, seed: int) -> None:
+    shape = tuple(value.shape)
+    item.shapes[shape] = item.shapes.get(shape, 0) + 1
+    if value.size == 0:
+        return
+    if np.issubdtype(value.dtype, np.floating):
+        item.low, item.high = min(item.low, float(value.min())), max(item.high, float(value.max()))
+        if not (math.isfinite(item.low) and math.isfinite(item.high)):
+            raise InputError(
+                f"the activation {item.name!r} is NaN or infinite on the calibration data; "
+                "check the data's preprocessing and the model's weights"
+            )
+    if item.histogram is not None:
+        item.histogram.add(value)
+    for reader in item.readers.values():
+        target = reader.targets[0]
+        rows = to_rows(
+            target.op,
+            value,
+            operand_shape=target.layout.operand_shape,
+            groups=target.groups,
+            attributes=_attributes(target.node),
+            limit=POSITIONS,
+            seed=seed,
+        )
+        reader.tokens += rows.shape[1]
+        reader.moments.add(rows)
+        if reader.gram is not None:
+            reader.gram.add(rows)
+        if reader.sample is not None:
+            reader.sample.add(rows)
+
+
+def _result(watched: Sequence[_Watched], request: Request) -> Collected:
+    stats: dict[str, LayerStats] = {}
+    merged = {request.histograms[item.name]: item.histogram for item in watched if item.histogram is not None}
+    histograms = {group: histogram.result() for group, histogram in merged.items()}
+    for item in watched:
+        for target in item.lookups:
+            tokens = sum(math.prod(shape) * count for shape, count in item.shapes.items())
+            stats[target.name] = LayerStats(tokens, 0.0, 0.0, data_shapes=dict(item.shapes))
+        for reader in item.readers.values():
+            layer = LayerStats(
+                num_tokens=reader.tokens,
+                low=item.low,
+                high=item.high,
+                abs_mean=reader.moments.abs_mean if "abs_mean" in request.stats else None,
+                mean=reader.moments.mean if "mean" in request.stats else None,
+                square_mean=reader.moments.square_mean if "square_mean" in request.stats else None,
+                gram=None if reader.gram is None else reader.gram.result(),
+                rows=None if reader.sample is None else reader.sample.result(),
+                data_shapes=dict(item.shapes),
+            )
+            stats.update({target.name: layer for target in reader.targets})
+    return Collected(stats, histograms)

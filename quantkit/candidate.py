@@ -1,0 +1,246 @@
+"""Build one candidate model from widths, and measure it: the work behind `problem.evaluate` and the final choice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import onnx_ir as ir
+
+from quantkit.calibration import accumulators
+from quantkit.calibration.accumulators import Distribution
+from quantkit.costs.latency import LatencyCache, layer_cost
+from quantkit.evaluation import Evaluation
+from quantkit.forms import Chooser, Option, choose_forms, static_layers
+from quantkit.graph.emit import Assignment, Emission, Emitted, emit
+from quantkit.graph.load import LoadedModel
+from quantkit.graph.regions import Regions, find_regions
+from quantkit.options import Options
+from quantkit.runtime.ort import Session, make_session, time_sessions
+from quantkit.types import (
+    ActParams,
+    Array,
+    Feed,
+    LayerStats,
+    Measurement,
+    QuantizedWeight,
+    QuantSpec,
+    Target,
+    WeightQuantizer,
+)
+from quantkit.verify import compare, representative_feeds, run_all
+
+CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse")
+TIMING_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples that calibration did not see, and what the float model makes of them.
+
+    Attributes:
+        feeds: a few batches, kept in memory.
+        outputs: of the float model.
+        session: the float model.
+    """
+
+    feeds: Sequence[Feed]
+    outputs: Mapping[str, Array]
+    session: Session
+
+    @property
+    def samples(self) -> int:
+        return sum(len(next(iter(feed.values()))) for feed in self.feeds)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all candidates of one run share.
+
+    Attributes:
+        stats: target name -> calibration statistics.
+        histograms: value group -> distribution.
+        held_out: None when there is no data at all.
+        evaluation: the user's metric, or None.
+    """
+
+    loaded: LoadedModel
+    targets: Mapping[str, Target]
+    options: Options
+    quantizer: WeightQuantizer
+    stats: Mapping[str, LayerStats]
+    histograms: Mapping[str, Distribution]
+    held_out: HeldOut | None
+    evaluation: Evaluation | None
+    cache: LatencyCache
+    weights: dict[tuple[str, QuantSpec], QuantizedWeight] = field(default_factory=dict)
+
+    def quantize(self, target: Target, spec: QuantSpec) -> QuantizedWeight:
+        """The quantized weight; each (target, spec without activations) is made once."""
+        stored = QuantSpec(spec.bits, spec.group_size, spec.symmetric)
+        key = (target.name, stored)
+        if key not in self.weights:
+            self.weights[key] = self.quantizer.quantize(target.load(), stored, self.stats.get(target.name))
+        return self.weights[key]
+
+    def cost(self, target: Target, spec: QuantSpec, form: str, rows: int) -> tuple[float, float]:
+        found = layer_cost(
+            target, spec, form, rows, cache=self.cache, runtime=self.options.target, threads=self.options.threads
+        )
+        return found.float_ms, found.form_ms
+
+    @cached_property
+    def model_ms(self) -> float | None:
+        """Time of the float model on the largest held-out feed; remembered like the layers' times."""
+        if self.held_out is None:
+            return None
+        feed = representative_feeds(self.held_out.feeds)[-1]
+        parts = {"model": self.loaded.digest, "shapes": _shapes(feed), "threads": self.options.threads}
+        known = self.cache.get(parts)
+        if known is None:
+            known = time_sessions([self.held_out.session], feed, seconds=TIMING_SECONDS)
+            self.cache.put(parts, known)
+        return known[0]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One emitted model and the decisions behind it.
+
+    Attributes:
+        chosen: target name -> form, spec and figures.
+        emission: everything that decides the bytes.
+        emitted: the graph.
+        content: its serialisation's sha256, without provenance.
+        size: bytes of the file.
+    """
+
+    name: str
+    chosen: Mapping[str, Option]
+    emission: Emission
+    emitted: Emitted
+    content: str
+    size: int
+
+
+def activation_params(
+    regions: Regions, histograms: Mapping[str, Distribution], calibrator: str
+) -> dict[str, ActParams]:
+    """group -> scale and zero point, from its histogram and within what its absorbed Relu/Clip allow."""
+    clip = {name: getattr(accumulators, f"clip_{name}") for name in CALIBRATION_METHODS}[calibrator]
+    params = {}
+    for group in dict.fromkeys(regions.groups.values()):
+        low, high = clip(histograms[group])
+        least, most = regions.bounds(group)
+        params[group] = accumulators.act_params(max(low, least), min(high, most))
+    return params
+
+
+def build(
+    context: Context,
+    widths: Mapping[str, int],
+    activations: Mapping[str, ActParams] | str,
+    *,
+    name: str,
+    max_latency: float | None = None,
+    integer: str | None = None,
+) -> Candidate:
+    """Choose forms for the widths, quantize, emit.
+
+    Args:
+        widths: target name -> bits; absent targets stay float.
+        activations: group -> parameters, or the calibrator that makes them.
+        integer: overrides the run's `activations` option.
+    """
+    options = context.options
+    mode = integer or options.activations
+    targets = {key: context.targets[key] for key in widths}
+    model = context.loaded.model
+    static = static_layers(model, targets, options.target, mode) if context.histograms else {}
+    regions = find_regions(model, [node for nodes in static.values() for node in nodes])
+    params = (
+        activation_params(regions, context.histograms, activations) if isinstance(activations, str) else activations
+    )
+    inputs = {key: params[regions.groups[str(targets[key].uses[0].data.name)]] for key in static}
+    chooser = Chooser(
+        runtime=options.target,
+        activations=mode,
+        group_size=options.group_size,
+        static=frozenset(static),
+        activation_of=inputs,
+        stats=context.stats,
+        quantize=context.quantize,
+        cost=context.cost,
+    )
+    choices = {key: chooser.options(target, widths[key]) for key, target in targets.items()}
+    chosen = choose_forms(choices, model_ms=context.model_ms, max_latency=max_latency)
+    return assemble(context, chosen, regions, params, name)
+
+
+def assemble(
+    context: Context,
+    chosen: Mapping[str, Option],
+    regions: Regions,
+    params: Mapping[str, ActParams],
+    name: str,
+) -> Candidate:
+    """Quantize and emit what was chosen."""
+    layers = {
+        key: Assignment(option.form, context.quantize(context.targets[key], option.spec))
+        for key, option in chosen.items()
+    }
+    emission = Emission(layers, regions, dict(params), context.options.target)
+    emitted = emit(context.loaded.model, emission)
+    content = _digest(emitted.model)
+    return Candidate(name, chosen, emission, emitted, content[0], content[1])
+
+
+def _digest(model: ir.Model) -> tuple[str, int]:
+    """(sha256, bytes) of the serialised graph; weights of huge models are counted and hashed one by one."""
+    from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
+
+    if inline_bytes(model) <= PROTOBUF_LIMIT:
+        content = ir.to_proto(model).SerializeToString(deterministic=True)
+        return hashlib.sha256(content).hexdigest(), len(content)
+    digest = hashlib.sha256()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            digest.update(value.const_value.tobytes())
+    return digest.hexdigest(), inline_bytes(model)
+
+
+def measure(context: Context, candidate: Candidate) -> Measurement:
+    """Run a candidate on the held-out samples."""
+    if context.held_out is None:
+        return Measurement(candidate.size, 0.0, 0.0, 1.0)
+    session = make_session(candidate.emitted.model, threads=context.options.threads)
+    outputs = run_all(session, context.held_out.feeds)
+    found = compare(context.held_out.outputs, outputs)
+    if context.evaluation is not None:
+        drop = context.evaluation.drop(session)
+    else:
+        drop = 1 - (found.cosine if found.top1_agreement is None else found.top1_agreement)
+    return Measurement(candidate.size, found.sqnr, drop, relative_latency(context, candidate, session))
+
+
+def relative_latency(context: Context, candidate: Candidate, session: Session) -> float:
+    """Measured beside the float model on the largest held-out feed; remembered by content, so runs repeat."""
+    assert context.held_out is not None
+    feed = representative_feeds(context.held_out.feeds)[-1]
+    parts = {
+        "emitted": candidate.content,
+        "model": context.loaded.digest,
+        "shapes": _shapes(feed),
+        "threads": context.options.threads,
+    }
+    known = context.cache.get(parts)
+    if known is None:
+        known = time_sessions([context.held_out.session, session], feed, seconds=TIMING_SECONDS)
+        context.cache.put(parts, known)
+    return known[1] / known[0]
+
+
+def _shapes(feed: Feed) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in sorted(feed.items())}

@@ -1,0 +1,142 @@
+"""The command `quantkit`: parse, run one verb, turn errors into one sentence.
+
+Exit codes: 0 = done, 1 = done but the budget or the accuracy asked for was not met, 2 = not done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from quantkit.commands import apply, bench, compress, demo, inspect, methods, verify
+from quantkit.commands._common import flush_stdout
+from quantkit.errors import InputError, VerificationError
+
+VERBS = (
+    ("compress", compress),
+    ("apply", apply),
+    ("inspect", inspect),
+    ("verify", verify),
+    ("bench", bench),
+    ("methods", methods),
+    ("demo", demo),
+)
+BAD_INPUT = 2
+EPILOG = (
+    "Tables go to standard error, --json to standard output. "
+    "Exit codes: 0 = done; 1 = done, but the budget or the accuracy asked for was not met; 2 = not done."
+)
+
+
+class Formatter(argparse.HelpFormatter):
+    """`-o, --output OUT` with the same spacing on every Python version."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one sentence, like every other error of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        _complain(f"{message}; see {self.prog} --help")
+        raise SystemExit(BAD_INPUT)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; builds in milliseconds and imports nothing heavy."""
+    parser = Parser(
+        prog="quantkit",
+        usage="quantkit [--help] [--version] COMMAND ...",
+        description="Compress ONNX models by mixed-precision quantization.",
+        epilog=EPILOG,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", prog="quantkit", parser_class=Parser
+    )
+    for name, module in VERBS:
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            usage=module.USAGE,
+            description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
+            formatter_class=Formatter,
+            allow_abbrev=False,
+        )
+        module.add(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+class Version(argparse.Action):
+    """--version."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from quantkit import __version__
+
+        print(f"quantkit {__version__}")
+        raise SystemExit(0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return BAD_INPUT
+    except SystemExit as stop:
+        flush_stdout()
+        return int(stop.code or 0)
+    try:
+        return int(args.run(args))
+    except BaseException as error:  # every failure becomes one sentence here; --debug shows the rest
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
+        if args.debug:
+            traceback.print_exc()
+        _complain(explain(error, getattr(args, "output", None)))
+        return BAD_INPUT
+
+
+def explain(error: BaseException, output: str | None) -> str:
+    """One sentence for any failure."""
+    from quantkit.methods import missing_extra
+
+    if isinstance(error, InputError | VerificationError):
+        return _one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; no half-written file is left"
+    if isinstance(error, ModuleNotFoundError) and (sentence := missing_extra(error)) is not None:
+        return str(sentence)
+    if isinstance(error, MemoryError):
+        return "not enough memory; --batch-size and --memory-limit reduce what calibration needs"
+    if isinstance(error, OSError) and error.errno is not None:
+        reason = error.strerror or os.strerror(error.errno)
+        hint = "; free some space or write elsewhere with -o" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{error.filename or output or 'file'}: {reason}{hint}"
+    return f"internal error, {type(error).__name__}: {_one_line(error)}; --debug shows where"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _complain(sentence: str) -> None:
+    try:
+        sys.stderr.write(f"quantkit: error: {sentence}\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

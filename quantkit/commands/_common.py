@@ -1,0 +1,223 @@
+"""What several verbs share: groups of arguments, and the two ways out (tables on stderr, JSON on stdout)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.budget import parse_bytes
+from quantkit.calibration.request import CalibrationRequest
+from quantkit.errors import InputError
+from quantkit.options import ACTIVATIONS, CALIBRATORS, RUNTIMES
+
+if TYPE_CHECKING:
+    from quantkit.report.console import ErrorConsole
+    from quantkit.report.progress import Progress
+
+
+def add_output(parser: ArgumentParser) -> None:
+    """--json, --quiet, --debug."""
+    group = parser.add_argument_group("messages")
+    group.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    group.add_argument("-q", "--quiet", action="store_true", help="no tables and no progress, only errors")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_data(parser: ArgumentParser) -> None:
+    """Where samples come from."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--calib",
+        metavar="SRC",
+        help="calibration data: a .npz or .npy file (first axis = samples; FILE.npz:KEY for one array), a folder of "
+        "test_data_set_*/input_*.pb, a folder of images, a text file, or MODULE:FUNCTION; "
+        "SRC@START:STOP:STEP takes a part",
+    )
+    group.add_argument("--preprocess", metavar="P", help="for images: a preset such as imagenet, or a YAML/JSON file")
+    group.add_argument("--tokenizer", metavar="FILE", help="for text: a tokenizer.json")
+    group.add_argument("--samples", metavar="N", type=int, help="use at most N samples")
+    group.add_argument("--batch-size", metavar="N", type=int, help="samples per run of the model")
+    group.add_argument(
+        "--random-calibration", action="store_true", help="make inputs up when there is no data (figures mean little)"
+    )
+
+
+def add_run(parser: ArgumentParser) -> None:
+    """How to emit and measure."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--target", choices=RUNTIMES, default="ort-cpu", help="what the file is for (default: ort-cpu)")
+    group.add_argument("--threads", metavar="N", type=int, default=1, help="onnxruntime threads, 0 = all (default: 1)")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
+    group.add_argument("--cache", metavar="DIR", help="folder for measured latencies")
+    group.add_argument("--memory-limit", metavar="SIZE", default="256MiB", help="for calibration (default: 256MiB)")
+
+
+def add_files(parser: ArgumentParser) -> None:
+    """What is written beside the model."""
+    group = parser.add_argument_group("files")
+    group.add_argument("-o", "--output", metavar="OUT", help="the model to write (default: MODEL with .q.onnx)")
+    group.add_argument("--save-plan", metavar="FILE", help="write the plan as JSON, to edit and apply again")
+    group.add_argument("--report", metavar="FILE", help="write the report, as .html or .json")
+    group.add_argument("--all-layers", action="store_true", help="show every layer of a large model")
+
+
+def add_method_choice(parser: ArgumentParser) -> None:
+    """Which methods decide."""
+    group = parser.add_argument_group("methods")
+    group.add_argument("--bits", metavar="LIST", help="widths to choose from, such as 2,3,4,8 (default: all)")
+    group.add_argument(
+        "--activations", choices=ACTIVATIONS, default="auto", help="8-bit integer activations (default: auto)"
+    )
+    group.add_argument("--allocator", metavar="NAME", default="auto", help="auto, or one of `quantkit methods`")
+    group.add_argument("--quantizer", metavar="NAME", default="auto", help="auto, or one of `quantkit methods`")
+    group.add_argument(
+        "--calibrator", choices=CALIBRATORS, default="auto", help="how activation ranges are taken (default: auto)"
+    )
+    group.add_argument("--group-size", metavar="N", type=int, help="inputs per scale, -1 = one scale per output")
+    group.add_argument("--ignore", metavar="PATTERN", action="append", help="keep layers float: a name or re:PATTERN")
+    group.add_argument(
+        "--set", metavar="M.S=VALUE", action="append", help="a method's setting, such as mse.steps=40; repeatable"
+    )
+
+
+def calibration_of(args: Namespace) -> CalibrationRequest | None:
+    """The data asked for, or None."""
+    given = [
+        option
+        for option, value in (
+            ("--preprocess", args.preprocess),
+            ("--tokenizer", args.tokenizer),
+            ("--samples", args.samples),
+            ("--batch-size", args.batch_size),
+        )
+        if value is not None
+    ]
+    for option, value in (("--samples", args.samples), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} must be at least 1, got {value}")
+    if args.calib is None:
+        if given and getattr(args, "eval", None) is None:
+            raise InputError(f"{', '.join(given)} needs data to apply to: give --calib")
+        return None
+    return _request(args, args.calib)
+
+
+def _request(args: Namespace, source: str) -> CalibrationRequest:
+    return CalibrationRequest(
+        source=source,
+        preprocess=args.preprocess,
+        tokenizer=args.tokenizer,
+        batch_size=args.batch_size,
+        max_samples=args.samples,
+    )
+
+
+def evaluation_data(args: Namespace, source: str) -> CalibrationRequest:
+    """Held-out data, read like the calibration data but all of it."""
+    return CalibrationRequest(
+        source=source, preprocess=args.preprocess, tokenizer=args.tokenizer, batch_size=args.batch_size
+    )
+
+
+def run_options(args: Namespace) -> dict[str, Any]:
+    """Fields of Options behind add_run and --random-calibration."""
+    return {
+        "target": args.target,
+        "threads": args.threads,
+        "seed": args.seed,
+        "cache": Path(args.cache) if args.cache else None,
+        "memory_limit": parse_bytes(args.memory_limit, "--memory-limit"),
+        "random_calibration": args.random_calibration,
+    }
+
+
+def existing_file(text: str) -> Path:
+    """Raises: InputError when there is no such file."""
+    path = Path(text)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the .onnx file in it")
+    if not path.exists():
+        raise InputError(f"there is no file {path}")
+    return path
+
+
+def output_path(text: str | None, model: Path) -> Path:
+    """OUT, or `model.q.onnx` beside the model."""
+    return Path(text) if text else model.with_name(f"{model.stem}.q.onnx")
+
+
+def check_writable(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path]) -> None:
+    """Refuse, before any work, to write where it cannot be or where it would destroy something.
+
+    Args:
+        outputs: option -> file that will be written (None = not asked for).
+        inputs: what it is -> file that must survive.
+    """
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a folder; give a file name")
+        if not path.parent.is_dir():
+            raise InputError(f"{option} {path}: there is no folder {path.parent}; create it first")
+        for what, source in inputs.items():
+            if path.resolve() == source.resolve() or (path.exists() and path.samefile(source)):
+                raise InputError(f"{option} {path} would overwrite the {what}; give another name")
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise InputError(f"{other} and {option} are the same file {path}; give two names")
+
+
+def console_of(args: Namespace) -> ErrorConsole:
+    """Standard error for tables."""
+    from quantkit.report.console import ErrorConsole
+
+    return ErrorConsole(quiet=args.quiet)
+
+
+def progress_of(args: Namespace) -> Progress:
+    """Bars, or nothing with --quiet."""
+    from quantkit.report.progress import ConsoleProgress, SilentProgress
+
+    return SilentProgress() if args.quiet else ConsoleProgress(console_of(args))
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on standard output; a reader that went away is no error."""
+    with suppress(BrokenPipeError):
+        sys.stdout.write(to_json(data) + "\n")
+    flush_stdout()
+
+
+def flush_stdout() -> None:
+    """Flush now, so that a reader that went away is noticed here and not while Python shuts down."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def to_json(data: Any) -> str:
+    """Indented JSON; figures that JSON does not have (infinite, undefined) are null."""
+    return json.dumps(_plain(data), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    number = float(value)  # numpy scalars too
+    return number if math.isfinite(number) else None

@@ -1,0 +1,44 @@
+"""quantkit apply: a plan, perhaps edited by hand, onto a model."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from quantkit.commands import _common
+from quantkit.commands.compress import finish, output_files, parse_settings
+
+HELP = "quantize a model as a plan says"
+USAGE = "quantkit apply MODEL PLAN [-o OUT] [--calib SRC] [options]"
+
+
+def add(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="the .onnx file")
+    parser.add_argument("plan", metavar="PLAN", help="a plan as `compress --save-plan` writes it")
+    _common.add_files(parser)
+    _common.add_data(parser)
+    parser.add_argument_group("methods").add_argument(
+        "--set", metavar="M.S=VALUE", action="append", help="a method's setting, such as mse.steps=40; repeatable"
+    )
+    _common.add_run(parser)
+    _common.add_output(parser)
+
+
+def run(args: Namespace) -> int:
+    model, plan_file = _common.existing_file(args.model), _common.existing_file(args.plan)
+    outputs = output_files(args, model)
+    _common.check_writable(outputs, {"input model": model, "plan": plan_file})
+    options = {"settings": parse_settings(args.set or ()), **_common.run_options(args)}
+    calibration = _common.calibration_of(args)
+
+    from quantkit import pipeline
+    from quantkit.plan import load_plan
+
+    result = pipeline.compress(
+        model,
+        calibration=calibration,
+        plan=load_plan(plan_file),
+        progress=_common.progress_of(args),
+        output=outputs["--output"],
+        **options,
+    )
+    return finish(args, result, outputs)

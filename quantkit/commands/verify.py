@@ -1,0 +1,53 @@
+"""quantkit verify: a quantized file against the float model, in the runtime."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+
+from quantkit.commands import _common
+from quantkit.errors import InputError
+
+HELP = "compare a quantized file with its float model"
+USAGE = "quantkit verify OUT --against MODEL [--calib SRC] [options]"
+
+
+def add(parser: ArgumentParser) -> None:
+    parser.add_argument("quantized", metavar="OUT", help="the quantized .onnx file")
+    parser.add_argument("--against", metavar="MODEL", required=True, help="the float .onnx file")
+    _common.add_data(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--threads", metavar="N", type=int, default=1, help="onnxruntime threads, 0 = all (default: 1)")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="of made-up inputs (default: 0)")
+    _common.add_output(parser)
+
+
+def run(args: Namespace) -> int:
+    quantized, reference = _common.existing_file(args.quantized), _common.existing_file(args.against)
+    request = _common.calibration_of(args)
+    if request is None and not args.random_calibration:
+        raise InputError("verify needs data to run both models on: give --calib, or --random-calibration")
+
+    from quantkit.calibration.data import random_calibration
+    from quantkit.report.console import plain_table, short_bytes
+    from quantkit.runtime.ort import make_session
+    from quantkit.verify import compare_files, open_data, session_inputs
+
+    inputs = session_inputs(make_session(reference, threads=args.threads))
+    data = random_calibration(inputs, seed=args.seed) if request is None else open_data(request, inputs)
+    found = compare_files(quantized, reference, calibration=data, threads=args.threads)
+    fidelity = found.fidelity
+    table = plain_table("quantized against float", ("what", "result"))
+    table.add_row("signal to noise", f"{fidelity.sqnr:.1f} dB")
+    table.add_row("cosine", f"{fidelity.cosine:.6f}")
+    if fidelity.top1_agreement is not None:
+        table.add_row("top-1 agreement", f"{fidelity.top1_agreement:.2%}")
+    table.add_row("samples", str(found.samples))
+    table.add_row("size", f"{short_bytes(found.reference_size)} > {short_bytes(found.size)}")
+    for timing in found.timings:
+        table.add_row("speed", f"{timing.speedup:.2f}x ({timing.float_ms:.3f} > {timing.quantized_ms:.3f} ms)")
+    _common.console_of(args).print(table)
+    if args.json:
+        times = [{**asdict(timing), "speedup": timing.speedup} for timing in found.timings]
+        _common.print_json({**asdict(found), "timings": times})
+    return 0

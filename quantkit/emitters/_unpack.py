@@ -1,0 +1,232 @@
+"""Packed weights and the standard operators that rebuild them when onnxruntime loads the model.
+
+Storage of a width b: one flat byte string per bit plane (`quantkit.packing.planes`), codes padded to whole groups.
+    codes   = Unpack(planes)                      uint8 [N, G, width]
+    float   = (codes - zero_points) * scales      float [N, G, width] -> [N, K]
+    int8    = codes - zero_point                  when one scale serves a row and the codes fit
+            | round(float / s8), s8 = max|row|/127   otherwise ("requantized at load")
+All of it is constant, so onnxruntime folds it before it looks for kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit.emitters._builder import Body, Builder, Ops
+from quantkit.packing import pack, planes
+from quantkit.types import Array, FloatArray, Layout, QuantizedWeight
+
+INT8_MAX = 127.0
+
+
+def signed_codes(weight: QuantizedWeight) -> tuple[Array, FloatArray] | None:
+    """(int8 [N, K], scale [N]) that equals the weight exactly, or None when it needs requantizing.
+
+    Half-integer zero points (mid-rise grids) become integers by doubling: q - 0.5 = (2q - 1) / 2.
+    """
+    if weight.scales.shape[1] != 1 or weight.pre_scale is not None:
+        return None
+    factor = 1 if np.all(weight.zero_points == np.floor(weight.zero_points)) else 2
+    values = weight.codes.astype(np.float32) * factor - weight.zero_points * factor
+    if np.abs(values).max(initial=0) > INT8_MAX:
+        return None
+    return values.astype(np.int8), (weight.scales[:, 0] / np.float32(factor)).astype(np.float32)
+
+
+def requantize(matrix: FloatArray) -> tuple[Array, FloatArray]:
+    """One int8 scale per row: (codes [N, K], scales [N]); the same float32 steps as the emitted operators."""
+    peak = np.abs(matrix).max(axis=1, keepdims=True)
+    scale = np.where(peak > 0, peak / np.float32(INT8_MAX), np.float32(1.0)).astype(np.float32)
+    return np.rint(matrix / scale).astype(np.int8), scale[:, 0]
+
+
+def int8_weight(weight: QuantizedWeight) -> FloatArray:
+    """W[N, K] that an int8 kernel multiplies with."""
+    if signed_codes(weight) is not None:
+        return weight.dequantize()
+    codes, scales = requantize(weight.dequantize())
+    return codes.astype(np.float32) * scales[:, None]
+
+
+def storable_scales(scales: FloatArray) -> Array:
+    """float16 when that loses nothing (the quantizers round scales so that it usually does not), else float32."""
+    half = scales.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), scales) else scales
+
+
+def scale_value(builder: Builder, scales: FloatArray, name: str) -> ir.Value:
+    """float32 scales; stored as float16 where exact and worth a node."""
+    stored = storable_scales(scales)
+    if stored.dtype == np.float16 and stored.size >= 32:
+        return builder.op("Cast", [builder.const(stored, name)], to=ir.DataType.FLOAT)
+    return builder.const(scales, name)
+
+
+def _unpack_body(bits: int, tail: bool) -> Body:
+    widths = planes(bits)
+
+    def body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
+        *stored, shape = inputs
+        codes: ir.Value | None = None
+        shift = 0
+        for plane, width in zip(stored, widths, strict=True):
+            part = _unpack_plane(ops, plane, width)
+            if shift:
+                part = ops.op("BitShift", [part, ops.const(np.array(shift, np.uint8))], direction="LEFT")
+            if tail:  # each plane pads its own last byte
+                end = ops.op("ReduceProd", [shape], keepdims=1)
+                part = ops.op("Slice", [part, ops.const(np.array([0])), end])
+            codes = part if codes is None else ops.op("BitwiseOr", [codes, part])
+            shift += width
+        return ops.op("Reshape", [codes, shape])
+
+    return body
+
+
+def _unpack_plane(ops: Ops, plane: ir.Value, width: int) -> ir.Value:
+    """Bytes [L] -> codes [L * 8/width]; the first code sits in the lowest bits."""
+    if width == 8:
+        return plane
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[None, :]
+    column = ops.op("Reshape", [plane, ops.const(np.array([-1, 1]))])
+    spread = ops.op("BitShift", [column, ops.const(shifts)], direction="RIGHT")
+    masked = ops.op("BitwiseAnd", [spread, ops.const(np.array((1 << width) - 1, np.uint8))])
+    return ops.op("Reshape", [masked, ops.const(np.array([-1]))])
+
+
+def codes_value(builder: Builder, codes: Array, bits: int, shape: Sequence[int], name: str) -> ir.Value:
+    """uint8 codes of the given shape, `bits` bits each in the file."""
+    if bits == 8:
+        return builder.const(codes.astype(np.uint8).reshape(shape), name)
+    flat = np.ascontiguousarray(codes, dtype=np.uint8).reshape(-1)
+    stored = [builder.const(plane, name) for plane in pack(flat, bits)]
+    tail = any(flat.size * width % 8 for width in planes(bits))
+    target_shape = builder.const(np.array(shape, np.int64), "shape")
+    return builder.call(f"Unpack{bits}{'Tail' if tail else ''}", _unpack_body(bits, tail), [*stored, target_shape])
+
+
+def grouped_codes(weight: QuantizedWeight) -> Array:
+    """[N, G, width]: the last group filled up with its zero point (rounded down for mid-rise grids)."""
+    num_rows, num_inputs = weight.shape
+    width = weight.spec.group_width(num_inputs)
+    num_groups = weight.scales.shape[1]
+    pad = num_groups * width - num_inputs
+    if not pad:
+        return weight.codes.reshape(num_rows, num_groups, width)
+    filler = np.repeat(np.floor(weight.zero_points[:, -1:]).astype(np.uint8), pad, axis=1)
+    return np.concatenate([weight.codes, filler], axis=1).reshape(num_rows, num_groups, width)
+
+
+def zero_point_value(builder: Builder, weight: QuantizedWeight, name: str) -> ir.Value:
+    """[N, G, 1] float zero points, or one [1, 1, 1] number when all agree (symmetric grids store none)."""
+    points = weight.zero_points
+    first = points.reshape(-1)[0]
+    if np.all(points == first):
+        return builder.const(np.full((1, 1, 1), first, np.float32), "zero")
+    codes = codes_value(builder, points.astype(np.uint8), weight.spec.bits, (*points.shape, 1), name)
+    return builder.op("Cast", [codes], to=ir.DataType.FLOAT)
+
+
+def _dequantize_body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
+    codes, zero_points, scales = inputs
+    centred = ops.op("Sub", [ops.op("Cast", [codes], to=ir.DataType.FLOAT), zero_points])
+    widened = ops.op("Unsqueeze", [scales, ops.const(np.array([-1]))])
+    return ops.op("Mul", [centred, widened])
+
+
+def float_matrix(builder: Builder, weight: QuantizedWeight, name: str) -> ir.Value:
+    """W[N, K] float32, equal to `weight.dequantize()` bit for bit."""
+    num_rows, num_inputs = weight.shape
+    stored = grouped_codes(weight)
+    codes = codes_value(builder, stored, weight.spec.bits, stored.shape, f"{name}.codes")
+    zero_points = zero_point_value(builder, weight, f"{name}.zero_points")
+    scales = scale_value(builder, weight.scales, f"{name}.scales")
+    blocks = builder.call("Dequantize", _dequantize_body, [codes, zero_points, scales])
+    matrix = builder.op("Reshape", [blocks, builder.const(np.array([num_rows, -1]), "shape")])
+    if stored.shape[1] * stored.shape[2] != num_inputs:
+        bounds = [np.array([0]), np.array([num_inputs]), np.array([1])]
+        matrix = builder.op("Slice", [matrix, *(builder.const(bound, "bound") for bound in bounds)])
+    if weight.pre_scale is not None:
+        matrix = builder.op("Div", [matrix, builder.const(weight.pre_scale, f"{name}.pre_scale")])
+    return matrix
+
+
+def _peak_body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
+    """Scale per row: max|row| / 127, and 1 for rows of zeros."""
+    peak = ops.op("ReduceMax", [ops.op("Abs", [inputs[0]]), ops.const(np.array([1]))], keepdims=1)
+    scale = ops.op("Div", [peak, ops.const(np.array(INT8_MAX, np.float32))])
+    empty = ops.op("Equal", [peak, ops.const(np.array(0, np.float32))])
+    return ops.op("Where", [empty, ops.const(np.array(1, np.float32)), scale])
+
+
+def _round_body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
+    return ops.op("Cast", [ops.op("Round", [ops.op("Div", list(inputs))])], to=ir.DataType.INT8)
+
+
+def _centre_body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
+    signed = ops.op("Cast", [inputs[0]], to=ir.DataType.INT8)
+    return ops.op("Sub", [signed, inputs[1]])
+
+
+def int8_matrix(
+    builder: Builder, weight: QuantizedWeight, name: str, layout: Layout | None = None
+) -> tuple[ir.Value, ir.Value]:
+    """(int8 codes, float32 scale [N]) whose product is `int8_weight(weight)`; stored at the weight's own width.
+
+    The codes come as [N, K], or as the node's operand when its layout is given.
+    """
+    exact = signed_codes(weight)
+    if exact is None:
+        matrix = float_matrix(builder, weight, name)
+        scales = builder.call("RowScale", _peak_body, [matrix])
+        codes = builder.call("Requantize", _round_body, [matrix, scales])
+        flat_scales = builder.op("Reshape", [scales, builder.const(np.array([-1]), "shape")])
+        return (codes if layout is None else to_operand(builder, codes, layout)), flat_scales
+    values, scales_array = exact
+    scales = scale_value(builder, scales_array, f"{name}.scales")
+    if weight.spec.bits == 8:
+        stored = values if layout is None else layout.to_operand(values)
+        return builder.const(stored, f"{name}.codes"), scales
+    direct = layout is not None and layout.is_identity  # a reshape of [N, K]: unpack straight into it
+    shape = layout.operand_shape if layout is not None and direct else weight.shape
+    codes = codes_value(builder, weight.codes, weight.spec.bits, shape, f"{name}.codes")
+    codes = _centred(builder, weight, codes, name, len(shape))
+    return (codes if layout is None or direct else to_operand(builder, codes, layout)), scales
+
+
+def _centred(builder: Builder, weight: QuantizedWeight, codes: ir.Value, name: str, rank: int) -> ir.Value:
+    """int8 codes minus their rows' zero points; `rank` = rank of codes, whose first axis runs over rows."""
+    points = weight.zero_points[:, 0].reshape(-1, *[1] * (rank - 1))
+    if not np.all(points == np.floor(points)):  # q - 0.5 -> 2q - 1
+        codes = builder.op("BitShift", [codes, builder.const(np.array(1, np.uint8))], direction="LEFT")
+        points = 2 * points
+    if np.all(points == points.flat[0]):
+        zero = builder.const(np.array(points.flat[0], np.int8), "zero")
+    else:
+        stored = codes_value(builder, points.astype(np.uint8), 8, points.shape, f"{name}.zero_points")
+        zero = builder.op("Cast", [stored], to=ir.DataType.INT8)
+    return builder.call("Centre", _centre_body, [codes, zero])
+
+
+def to_operand(builder: Builder, matrix: ir.Value, layout: Layout) -> ir.Value:
+    """The matrix back in the shape that the node reads."""
+    permuted = [layout.view[axis] for axis in layout.perm]
+    value = matrix
+    if len(permuted) != 2:
+        value = builder.op("Reshape", [value, builder.const(np.array(permuted, np.int64), "shape")])
+    if not layout.is_identity:
+        value = builder.op("Transpose", [value], perm=[int(axis) for axis in np.argsort(layout.perm)])
+    if tuple(layout.view) != tuple(layout.operand_shape):
+        value = builder.op("Reshape", [value, builder.const(np.array(layout.operand_shape, np.int64), "shape")])
+    return value
+
+
+def channel_axis(layout: Layout) -> int | None:
+    """The operand axis that runs over W's rows, when W is the operand up to one transpose; else None."""
+    if layout.view != layout.operand_shape or not layout.perm:
+        return None
+    rest = [axis for axis in layout.perm[1:]]
+    return layout.perm[0] if rest == sorted(rest) else None

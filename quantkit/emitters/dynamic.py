@@ -1,0 +1,82 @@
+"""Integer MatMul/Gemm with ranges taken at run time: 1-8 bit storage, rebuilt at load as one int8 weight per column.
+
+onnxruntime fuses DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul (-> Add) to DynamicQuantizeMatMul or, when
+several layers share one input, MatMulIntegerToFloat: int8 speed at every M, whatever width the file holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit.emitters._builder import Builder, Ops
+from quantkit.emitters._unpack import int8_matrix, int8_weight
+from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Dynamic uint8 activations (one scale per tensor), int8 weights per column."""
+
+    def refuse(self, target: Target, spec: QuantSpec, runtime: str) -> str | None:
+        del spec, runtime
+        return refuse_matrix_product(target)
+
+    def effective_weight(self, weight: QuantizedWeight) -> FloatArray:
+        return int8_weight(weight)
+
+    def fake_quantize(self, rows: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
+        del weight, act
+        low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
+        scale = np.float32((high - low) / 255 or 1.0)
+        zero_point = np.float32(np.clip(np.rint(-low / scale), 0, 255))
+        codes = np.clip(np.rint(rows / scale) + zero_point, 0, 255)
+        restored: FloatArray = ((codes - zero_point) * scale).astype(np.float32)
+        return restored
+
+    def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
+        """The definition of DynamicQuantizeLinear and its inverse, in float operators."""
+        del weight
+        zero, top = ops.const(np.array(0, np.float32)), ops.const(np.array(255, np.float32))
+        low = ops.op("Min", [ops.op("ReduceMin", [data], keepdims=0), zero])
+        high = ops.op("Max", [ops.op("ReduceMax", [data], keepdims=0), zero])
+        scale = ops.op("Div", [ops.op("Sub", [high, low]), top])
+        scale = ops.op("Where", [ops.op("Equal", [scale, zero]), ops.const(np.array(1, np.float32)), scale])
+        point = ops.op("Round", [ops.op("Clip", [ops.op("Div", [ops.op("Neg", [low]), scale]), zero, top])])
+        codes = ops.op("Add", [ops.op("Round", [ops.op("Div", [data, scale])]), point])
+        return ops.op("Mul", [ops.op("Sub", [ops.op("Clip", [codes, zero, top]), point]), scale])
+
+    def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        codes, scales = int8_matrix(builder.at(builder.model.graph[0]), weight, target.name)
+        columns = builder.op("Transpose", [codes], perm=[1, 0])  # [K, N]
+        for use in target.uses:
+            builder.at(use.node)
+            data = use.data
+            make = partial(builder.multi, "DynamicQuantizeLinear", [data], 3)
+            quantized, data_scale, data_zero = builder.shared(f"dynamic {id(use.node.graph)}", data, make)
+            total = builder.op("MatMulInteger", [quantized, columns, data_zero])
+            product = builder.op(
+                "Mul", [builder.op("Cast", [total], to=ir.DataType.FLOAT), builder.op("Mul", [data_scale, scales])]
+            )
+            bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
+            builder.replace(use.node, product if bias is None else builder.op("Add", [product, bias]))
+
+
+def refuse_matrix_product(target: Target) -> str | None:
+    """Why a target is no plain x @ W^T (+ bias), or None when it is."""
+    if target.op not in ("MatMul", "Gemm"):
+        return f"{target.op} is no matrix product"
+    if len(target.layout.operand_shape) != 2:
+        return "batched weights"
+    for use in target.uses:
+        attributes = use.node.attributes
+        plain = (("transA", 0), ("alpha", 1.0), ("beta", 1.0))
+        if any(name in attributes and attributes[name].value != value for name, value in plain):
+            return "Gemm with transA, alpha or beta"
+    return None
+
+
+METHOD: type[Emitter] = Dynamic

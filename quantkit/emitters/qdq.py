@@ -1,0 +1,89 @@
+"""Static integer layers: uint8 activations x int8 weights per channel, int32 bias, as QuantizeLinear/DequantizeLinear.
+
+The activations' pairs are placed for the whole graph by `quantkit.graph.regions`; this file writes the weight and the
+bias, at the weight's own width in the file. onnxruntime turns the pattern into QLinearConv, QGemm, QLinearMatMul.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit.emitters._builder import Builder, Ops
+from quantkit.emitters._unpack import channel_axis, int8_matrix, int8_weight, requantize, signed_codes
+from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
+
+OPERATORS = ("Conv", "Gemm", "MatMul")
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class QDQ:
+    """Static uint8 activations, int8 weights per output channel."""
+
+    def refuse(self, target: Target, spec: QuantSpec, runtime: str) -> str | None:
+        del spec, runtime
+        if target.op not in OPERATORS:
+            return f"onnxruntime has no integer kernel for {target.op}"
+        if channel_axis(target.layout) is None:
+            return "batched weights have no integer kernel"
+        for use in target.uses:
+            attributes = use.node.attributes
+            if target.op == "Gemm" and any(
+                name in attributes and attributes[name].value != plain
+                for name, plain in (("transA", 0), ("alpha", 1.0), ("beta", 1.0))
+            ):
+                return "Gemm with transA, alpha or beta has no integer kernel"
+        return None
+
+    def effective_weight(self, weight: QuantizedWeight) -> FloatArray:
+        return int8_weight(weight)
+
+    def fake_quantize(self, rows: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
+        del weight
+        assert act is not None
+        scale = np.float32(act.scale)
+        codes = np.clip(np.rint(rows / scale) + np.float32(act.zero_point), 0, 255)
+        restored: FloatArray = ((codes - np.float32(act.zero_point)) * scale).astype(np.float32)
+        return restored
+
+    def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
+        del ops, weight
+        return data  # the simulated graph carries the same activation pairs
+
+    def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        builder.at(builder.model.graph[0])
+        operand, scales = int8_matrix(builder, weight, target.name, target.layout)
+        axis = channel_axis(target.layout)
+        real = builder.op("DequantizeLinear", [operand, scales], axis=axis)
+        real.shape, real.dtype = ir.Shape(target.layout.operand_shape), ir.DataType.FLOAT
+        exact = signed_codes(weight)
+        channel_scales = exact[1] if exact is not None else requantize(weight.dequantize())[1]
+        for use in target.uses:
+            use.node.replace_input_with(use.weight_index, real)
+            _quantize_bias(builder.at(use.node), use.node, use.data, scales, channel_scales)
+
+
+def _quantize_bias(
+    builder: Builder, node: ir.Node, data: ir.Value, scales: ir.Value, channel_scales: FloatArray
+) -> None:
+    """Replace a constant float bias by int32 codes with scale = input scale x weight scale, as the kernels add it."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    pair = data.producer()
+    if bias is None or bias.const_value is None or pair is None or pair.op_type != "DequantizeLinear":
+        return
+    values = bias.const_value.numpy().astype(np.float64)
+    input_scale = pair.inputs[1]
+    assert input_scale is not None and input_scale.const_value is not None
+    steps = np.float64(input_scale.const_value.numpy()) * channel_scales.astype(np.float64)
+    codes = np.rint(values / steps) if values.shape == steps.shape else np.array([np.inf])
+    if np.abs(codes).max(initial=0) > INT32_MAX:
+        return  # stays a float bias: onnxruntime quantizes it itself where it can
+    scale = builder.op("Mul", [input_scale, scales])
+    stored = builder.const(codes.astype(np.int32), f"{bias.name}.codes")
+    node.replace_input_with(2, builder.op("DequantizeLinear", [stored, scale], axis=0))
+
+
+METHOD: type[Emitter] = QDQ

@@ -1,0 +1,122 @@
+"""The figure that counts for the user: a metric on their own data, for the float model and for every candidate."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from quantkit import metrics
+from quantkit.calibration.data import CalibrationData, InputSpec
+from quantkit.calibration.request import EvaluationRequest
+from quantkit.errors import InputError
+from quantkit.runtime.ort import Session
+from quantkit.types import Array
+
+LABELS = "labels"
+Outputs = Mapping[str, Array]
+Score = Callable[[Outputs, Outputs, Outputs], float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A metric on a data set; higher is better.
+
+    Attributes:
+        data: the model's inputs, and `labels` for metrics that need them.
+        score: (outputs, float model's outputs, feeds) -> figure.
+        reference: the float model.
+        name: of the metric.
+    """
+
+    data: CalibrationData
+    score: Score
+    reference: Session
+    name: str
+
+    @cached_property
+    def _float_outputs(self) -> Outputs:
+        return self._run(self.reference)[0]
+
+    @cached_property
+    def float_score(self) -> float:
+        return self.measure(self.reference)
+
+    def measure(self, session: Session) -> float:
+        """The metric of one model."""
+        outputs, feeds = self._run(session)
+        try:
+            return float(self.score(outputs, self._float_outputs, feeds))
+        except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+            raise InputError(f"the metric {self.name} failed on the model's outputs: {error}") from error
+
+    def drop(self, session: Session) -> float:
+        """How much worse than float, 0.01 = one point."""
+        return self.float_score - self.measure(session)
+
+    def _run(self, session: Session) -> tuple[Outputs, Outputs]:
+        outputs, extras = [], []
+        for feed in self.data:
+            outputs.append(session.run({name: feed[name] for name in session.input_names}))
+            extras.append(feed)
+        return metrics.join(outputs), metrics.join(extras)
+
+
+def needs_labels(metric: str) -> bool:
+    return metric == "top1"
+
+
+def label_input() -> InputSpec:
+    """How labels are named in an evaluation file, beside the model's inputs."""
+    return InputSpec(LABELS, np.dtype(np.int64), ("batch",))
+
+
+def make_evaluation(request: EvaluationRequest, data: CalibrationData, reference: Session) -> Evaluation:
+    """The evaluation that a request asks for.
+
+    Raises:
+        InputError: no such metric, or the function cannot be imported.
+    """
+    return Evaluation(data, _score(request.metric), reference, request.metric)
+
+
+def _score(metric: str) -> Score:
+    known: dict[str, Score] = {
+        "top1": lambda outputs, reference, feeds: metrics.top1(_first(outputs), feeds[LABELS]),
+        "agreement": lambda outputs, reference, feeds: (
+            metrics.top1_agreement(_first(reference), _first(outputs)) or 0.0
+        ),
+        "cosine": lambda outputs, reference, feeds: metrics.cosine(_first(reference), _first(outputs)),
+        "sqnr": lambda outputs, reference, feeds: metrics.sqnr(_first(reference), _first(outputs)),
+    }
+    if metric in known:
+        return known[metric]
+    if ":" not in metric:
+        raise InputError(f"unknown metric {metric!r}; known: {', '.join(known)}, or module:function")
+    function = _import(metric)
+    return lambda outputs, reference, feeds: function(outputs, feeds)
+
+
+def _import(text: str) -> Callable[[Outputs, Outputs], float]:
+    module, _, name = text.partition(":")
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"the metric {text!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    if not callable(found):
+        raise InputError(f"the metric {text!r} is no function but {type(found).__name__}")
+    checked: Callable[[Outputs, Outputs], float] = found
+    return checked
+
+
+def _first(outputs: Outputs) -> Array:
+    return next(iter(outputs.values()))

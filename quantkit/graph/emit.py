@@ -1,0 +1,170 @@
+"""Splice quantized weights into a copy of the model: the emitted graph, its simulation, and the file.
+
+`emit` writes what ships. `simulate` writes what the plan promises, in float operators only: weights as the oracle
+dequantizes them, activations rounded where the plan says. The two share the placement of activation pairs and nothing
+else, so that comparing them finds every mistake of packing, unpacking and kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from quantkit.emitters._builder import Builder
+from quantkit.graph.regions import Regions, insert_pairs
+from quantkit.graph.targets import find_targets
+from quantkit.methods import make
+from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
+from quantkit.types import ActParams, Emitter, QuantizedWeight, Target
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One layer as it will be written.
+
+    Attributes:
+        form: emitter's file name.
+        weight: what it writes.
+    """
+
+    form: str
+    weight: QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Emission:
+    """Everything that decides the emitted bytes.
+
+    Attributes:
+        layers: target name -> how it is written; an absent target stays float.
+        regions: the integer part of the graph, for the layers of the form `qdq`.
+        activations: group name -> scale and zero point.
+        runtime: `ort-cpu` or `portable`.
+    """
+
+    layers: Mapping[str, Assignment]
+    regions: Regions
+    activations: Mapping[str, ActParams]
+    runtime: str
+
+
+def emitter(form: str) -> Emitter:
+    made: Emitter = make("emitters", form, {})
+    return made
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The graph that ships.
+
+    Attributes:
+        model: it.
+        names: target name -> names of the nodes and values that carry the layer, to find its kernel again.
+    """
+
+    model: ir.Model
+    names: Mapping[str, frozenset[str]]
+
+
+def emit(model: ir.Model, emission: Emission) -> Emitted:
+    """A copy of the model with every assigned layer in its form."""
+    copy, targets, builder = _prepare(model, emission)
+    names: dict[str, frozenset[str]] = {}
+    for name, assignment in emission.layers.items():
+        target = targets[name]
+        carriers = {str(use.node.name) for use in target.uses} | {str(use.node.outputs[0].name) for use in target.uses}
+        builder.start_trace()
+        emitter(assignment.form).emit(builder, target, assignment.weight)
+        names[name] = frozenset(carriers | builder.trace())
+    for name, target in targets.items():
+        if name not in emission.layers:
+            names[name] = frozenset({str(use.node.name) for use in target.uses} | {str(target.weight.name)})
+    return Emitted(_finish(copy), names)
+
+
+def simulate(model: ir.Model, emission: Emission) -> ir.Model:
+    """A copy of the model that computes what the plan promises, in float32 operators."""
+    copy, targets, builder = _prepare(model, emission)
+    for name, assignment in emission.layers.items():
+        target, form = targets[name], emitter(assignment.form)
+        effective = form.effective_weight(assignment.weight)
+        operand = builder.const(target.layout.to_operand(effective), f"{name}.effective")
+        for use in target.uses:
+            data = use.data
+            use.node.replace_input_with(use.weight_index, operand)
+            rounded = form.simulate_input(builder.at(use.node), data, assignment.weight)
+            if rounded is not data:
+                use.node.replace_input_with(use.data_index, rounded)
+    return _finish(copy)
+
+
+def _prepare(model: ir.Model, emission: Emission) -> tuple[ir.Model, dict[str, Target], Builder]:
+    copy = model.clone()
+    targets, _ = find_targets(copy)
+    builder = Builder(copy, emission.runtime)
+    if emission.regions.groups:
+        insert_pairs(copy, emission.regions, emission.activations, builder.const)
+    return copy, targets, builder
+
+
+def _finish(model: ir.Model) -> ir.Model:
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    for function in model.functions.values():
+        model.opset_imports.setdefault(function.domain, 1)
+    return model
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a saved model with its external data."""
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def serialized_size(model: ir.Model) -> int:
+    """Bytes that `save` will write, without writing them (within a page per tensor when data is external)."""
+    if inline_bytes(model) > PROTOBUF_LIMIT:
+        return inline_bytes(model)
+    return int(ir.to_proto(model).ByteSize())
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write the model so that `path` is always a whole file: temporary folder beside it, fsync, rename.
+
+    Weights beyond the protobuf limit go to `path.data`, streamed.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; nothing is left under the final name.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary = folder / path.name
+        data_name = path.name + ".data"
+        if inline_bytes(model) > PROTOBUF_LIMIT:
+            ir.save(model.clone(), temporary, external_data=data_name)
+        else:
+            temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        for name in (data_name, path.name):  # the model last: with it the file is complete
+            written = folder / name
+            if written.exists():
+                _sync(written)
+                os.replace(written, path.with_name(name))
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,157 @@
+"""Open a model and bring it to the one form that everything behind expects.
+
+Large weights stay where they are: external data is memory-mapped, and no step serialises the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from quantkit.errors import InputError
+from quantkit.graph import _checks
+from quantkit.graph.normalize import normalize
+
+MIN_OPSET = 7
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for the pass.
+
+    Attributes:
+        model: normalised; belongs to the caller.
+        source: the file it came from; None for a model given in memory.
+        size: bytes of the original on disk: the model file and the external data files it uses. For a model in
+            memory, the bytes of its tensors and of the rest of the graph once serialised.
+        digest: sha256, in hexadecimal, of the original's content, external data included.
+        notes: what normalisation did that a user should know, one short sentence each.
+    """
+
+    model: ir.Model
+    source: Path | None
+    size: int
+    digest: str
+    notes: tuple[str, ...]
+
+
+def load_model(model: str | Path | onnx.ModelProto | ir.Model, *, opset: int = 21) -> LoadedModel:
+    """Open, check and normalise a model; a model given in memory is not changed.
+
+    Args:
+        model: a file, or a model in memory.
+        opset: the default domain is upgraded to this version when it is older, and never downgraded.
+
+    Raises:
+        InputError: the file or its external data cannot be read or leaves the model's folder, the model is broken, a
+            weight holds NaN or infinity, or an operator cannot be upgraded.
+    """
+    if isinstance(model, (str, Path)):
+        source: Path | None = Path(model)
+        assert source is not None
+        opened, size, digest = _open_file(source)
+    elif isinstance(model, onnx.ModelProto):
+        source = None
+        opened, size, digest = _open_proto(model)
+    elif isinstance(model, ir.Model):
+        source = None
+        opened, size, digest = _open_ir(model)
+    else:
+        raise InputError(f"a model is a path, an onnx.ModelProto or an onnx_ir.Model, got {type(model).__name__}")
+    where = str(source) if source else "the model"
+    _check_versions(opened, where)
+    _checks.check_connected(opened, where)
+    normalised, notes = normalize(opened, opset, where)
+    _checks.check_weights(normalised, where)
+    return LoadedModel(normalised, source, size, digest, tuple(notes))
+
+
+def _open_file(path: Path) -> tuple[ir.Model, int, str]:
+    proto = _checks.read_proto(path)
+    external = _checks.check_tensors(proto, path.parent, str(path))
+    model = _to_ir(proto, str(path))
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    for function in model.functions.values():
+        ir.external_data.set_base_dir(function.graph, path.parent)
+    files = sorted({path, *(tensor.path for tensor in external)})
+    size = sum({file.resolve(): file.stat().st_size for file in files}.values())
+    return model, size, _checks.file_digest(path, external)
+
+
+def _open_proto(proto: onnx.ModelProto) -> tuple[ir.Model, int, str]:
+    if _checks.check_tensors(proto, None, "the model"):
+        raise InputError("the model in memory refers to external data files: give load_model the path of its file")
+    model = _to_ir(proto, "the model")
+    _isolate(model)
+    return model, *_checks.measure(model)
+
+
+def _open_ir(original: ir.Model) -> tuple[ir.Model, int, str]:
+    model = original.clone()
+    for value in _values(model):
+        if isinstance(value.type, ir.TensorType):  # a clone shares its types with the original, and they are mutable
+            value.type = ir.TensorType(value.type.dtype)
+    _isolate(model)
+    _checks.check_external(model, "the model")
+    return model, *_checks.measure(model)
+
+
+def _to_ir(proto: onnx.ModelProto, where: str) -> ir.Model:
+    try:
+        return ir.from_proto(proto)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{where} is not a valid ONNX model: {cause[:300]}; export it again") from error
+
+
+def _isolate(model: ir.Model) -> None:
+    """Give the model its own tensor objects, because renaming a value renames its tensor; the bytes stay shared."""
+    for graph in (*model.graphs(), *(function.graph for function in model.functions.values())):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = _own(value.const_value)
+        for node in graph:
+            for attribute in list(node.attributes.values()):
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    own = ir.AttrTensor(attribute.name, _own(attribute.as_tensor()))
+                    node.attributes[attribute.name] = own
+
+
+def _own(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=tensor.base_dir,
+        )
+    if tensor.dtype == ir.DataType.STRING:
+        return ir.StringTensor(tensor.numpy(), shape=ir.Shape(tensor.shape), name=tensor.name)
+    return ir.LazyTensor(lambda: tensor, tensor.dtype, ir.Shape(tensor.shape), name=tensor.name)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.inputs
+        yield from graph.initializers.values()
+        for node in graph:
+            yield from node.outputs
+
+
+def _check_versions(model: ir.Model, where: str) -> None:
+    if "ai.onnx" in model.opset_imports:  # the long spelling of the default domain
+        model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
+    if model.ir_version < 3:
+        raise InputError(f"{where} has IR version {model.ir_version}, older than 3: export it again")
+    version = model.opset_imports.get("")
+    if version is None:
+        raise InputError(f"{where} imports no opset of the default ONNX domain: export it again")
+    if version < MIN_OPSET:
+        raise InputError(f"{where} has opset {version}, older than {MIN_OPSET}: export it again with a newer opset")

@@ -1,0 +1,76 @@
+"""Everything a user may set on a run, beside the model, the data and the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import InputError
+
+RUNTIMES = ("ort-cpu", "portable")
+ACTIVATIONS = ("auto", "8", "none")
+CALIBRATORS = ("auto", "minmax", "percentile", "entropy", "mse")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compress; every field has the default that the command line has.
+
+    Attributes:
+        bits: widths the allocator may choose from; None = every width the target runs.
+        activations: `8` = integer activations wherever possible, `none` = weights only, `auto` = by measurement.
+        allocator, quantizer: method file names (`uniform`, `rtn`, `mse`, ...) or `auto`.
+        calibrator: how activation ranges are taken from histograms; `auto` measures all of them.
+        group_size: inputs per scale; None = 32 up to 4 bits, 128 above, one per row for integer convolutions.
+        target: the runtime to emit for, `ort-cpu` or `portable` (standard operators only).
+        ignore: layer names, or `re:` patterns, that stay float.
+        settings: method settings, `{"mse.steps": 40}`.
+        random_calibration: allow made-up inputs when no data is given.
+        seed: of everything random.
+        cache: folder for measured latencies (None = the user's cache folder).
+        memory_limit: bytes that calibration may hold at once.
+        threads: onnxruntime threads for timing and calibration (0 = onnxruntime's choice).
+    """
+
+    bits: tuple[int, ...] | None = None
+    activations: str = "auto"
+    allocator: str = "auto"
+    quantizer: str = "auto"
+    calibrator: str = "auto"
+    group_size: int | None = None
+    target: str = "ort-cpu"
+    ignore: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    random_calibration: bool = False
+    seed: int = 0
+    cache: Path | None = None
+    memory_limit: int = 256 << 20
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("activations", self.activations, ACTIVATIONS)
+        _one_of("calibrator", self.calibrator, CALIBRATORS)
+        _one_of("target", self.target, RUNTIMES)
+        wrong = [width for width in self.bits or () if not 1 <= width <= 8]
+        if wrong or self.bits == ():
+            raise InputError(f"bits must be widths from 1 to 8, got {list(self.bits or ())}")
+        if self.memory_limit < 1 << 20:
+            raise InputError(f"memory limit must be at least 1MB, got {self.memory_limit} bytes")
+        if self.threads < 0:
+            raise InputError(f"threads must be 0 or more, got {self.threads}")
+
+
+def make_options(values: Mapping[str, Any]) -> Options:
+    """Options from keyword arguments; an unknown one is an error that lists the known ones."""
+    known = [item.name for item in fields(Options)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise InputError(f"unknown option {', '.join(unknown)}; known options: {', '.join(known)}")
+    return Options(**values)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

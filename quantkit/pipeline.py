@@ -1,0 +1,241 @@
+"""compress(): load, find targets, calibrate, allocate, choose forms, emit, verify; the order of work is that of lines."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from quantkit import forms
+from quantkit.allocation import allocate, apply_plan
+from quantkit.budget import Budget
+from quantkit.calibration.collector import Collected, Request, Settings, collect
+from quantkit.calibration.data import CalibrationData, random_calibration
+from quantkit.calibration.request import EvaluationRequest
+from quantkit.candidate import Candidate, Context, HeldOut, relative_latency
+from quantkit.costs.latency import open_cache
+from quantkit.errors import InputError
+from quantkit.evaluation import label_input, make_evaluation, needs_labels
+from quantkit.graph.emit import save, simulate
+from quantkit.graph.load import LoadedModel, load_model
+from quantkit.graph.regions import find_regions
+from quantkit.graph.targets import Untouched, find_targets
+from quantkit.methods import make
+from quantkit.options import Options, make_options
+from quantkit.plan import plan_to_json
+from quantkit.provenance import provenance
+from quantkit.report.build import Measured, build_report
+from quantkit.report.progress import Progress, SilentProgress
+from quantkit.report.types import Contender, Report
+from quantkit.runtime.ort import Session, make_session
+from quantkit.types import Plan, Target, WeightQuantizer
+from quantkit.verify import check_parity, compare, measure_timings, open_data, run_all, session_inputs
+
+HOLDOUT_SHARE = 0.2
+HOLDOUT_SAMPLES = 64
+ERROR_STATS = frozenset({"rows"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed, verified model.
+
+    Attributes:
+        model: the quantized graph, provenance included.
+        plan: every decision; `quantkit.plan.save_plan` writes it, `apply` repeats it.
+        report: what was measured.
+    """
+
+    model: ir.Model
+    plan: Plan
+    report: Report
+
+    def save(self, path: str | Path) -> None:
+        """Write the model; the final name appears only when the file is whole.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        save(self.model, Path(path))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Calibration and held-out samples; both None for weight-only work without data."""
+
+    calibration: CalibrationData | None
+    held_out: HeldOut | None
+
+    @property
+    def digest(self) -> str:
+        return "none" if self.calibration is None else self.calibration.digest
+
+
+def compress(
+    model: str | Path | onnx.ModelProto | ir.Model,
+    *,
+    calibration: object = None,
+    evaluation: EvaluationRequest | None = None,
+    budget: Budget | None = None,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+    output: Path | None = None,
+    **settings: Any,
+) -> Result:
+    """Quantize a model within a budget and prove that the result does what the plan says.
+
+    Args:
+        model: file, protobuf or graph; never changed.
+        calibration: anything that `open_calibration` takes, or a CalibrationRequest; None = weights only.
+        evaluation: the user's metric and data.
+        budget: constraints (none = 8 bits).
+        plan: decisions to follow instead of allocating.
+        progress: where long steps are shown.
+        output: where the caller will save, for the report.
+        **settings: fields of `quantkit.options.Options`.
+
+    Raises:
+        InputError: anything wrong with model, data or settings, in one sentence.
+        VerificationError: the emitted model does not compute what the plan says.
+    """
+    options, budget, progress = make_options(settings), budget or Budget(), progress or SilentProgress()
+    loaded = load_model(model)
+    targets, untouched = find_targets(loaded.model, options.ignore)
+    if not targets:
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in untouched[:5]) or "it has no MatMul, Gemm, Conv, ..."
+        raise InputError(f"{_name(loaded, model)} has no layer to quantize: {reasons}")
+    reference = make_session(loaded.model, threads=options.threads)
+    quantizer: WeightQuantizer = make(
+        "quantizers",
+        "mse" if options.quantizer == "auto" else options.quantizer,
+        method_settings(options, options.quantizer),
+    )
+    data = _open_data(calibration, reference, options)
+    collected = _collect(loaded, targets, quantizer, data, options, plan, progress)
+    context = Context(
+        loaded=loaded,
+        targets=targets,
+        options=options,
+        quantizer=quantizer,
+        stats=collected.stats,
+        histograms=collected.histograms,
+        held_out=data.held_out,
+        evaluation=None if evaluation is None else _evaluation(evaluation, reference),
+        cache=open_cache(options.cache),
+    )
+    if plan is not None:
+        candidate, decided, contenders = apply_plan(context, plan)
+    else:
+        candidate, decided, contenders = allocate(context, budget, progress)
+    with progress.task("verifying"):
+        return _finish(context, budget, candidate, decided, contenders, data, untouched, _name(loaded, model))
+
+
+def apply(model: str | Path | onnx.ModelProto | ir.Model, plan: Plan, **arguments: Any) -> Result:
+    """Follow a plan: `compress` with its decisions made."""
+    return compress(model, plan=plan, **arguments)
+
+
+def method_settings(options: Options, name: str) -> dict[str, Any]:
+    """`{"mse.steps": 40}` -> `{"steps": 40}` for the method `mse`; `auto` takes the settings of its default."""
+    prefix = f"{'mse' if name == 'auto' else name}."
+    return {key[len(prefix) :]: value for key, value in options.settings.items() if key.startswith(prefix)}
+
+
+def _name(loaded: LoadedModel, model: object) -> str:
+    if loaded.source is not None:
+        return str(loaded.source)
+    return str(loaded.model.graph.name or type(model).__name__)
+
+
+def _open_data(calibration: object, reference: Session, options: Options) -> _Data:
+    if calibration is None and not options.random_calibration:
+        return _Data(None, None)
+    inputs = session_inputs(reference)
+    if calibration is None:
+        data = random_calibration(inputs, seed=options.seed)
+    else:
+        data = open_data(calibration, inputs)
+    kept, held = data.split(HOLDOUT_SHARE)
+    held = held.subset(HOLDOUT_SAMPLES)
+    feeds = list(held)
+    return _Data(kept, HeldOut(feeds, run_all(reference, feeds), reference))
+
+
+def _evaluation(request: EvaluationRequest, reference: Session) -> Any:
+    inputs = session_inputs(reference)
+    wanted = [*inputs, label_input()] if needs_labels(request.metric) else inputs
+    return make_evaluation(request, open_data(request.data, wanted), reference)
+
+
+def _collect(
+    loaded: LoadedModel,
+    targets: Mapping[str, Target],
+    quantizer: WeightQuantizer,
+    data: _Data,
+    options: Options,
+    plan: Plan | None,
+    progress: Progress,
+) -> Collected:
+    """Statistics for the quantizer, rows for the error figures, histograms for static integer layers."""
+    if data.calibration is None:
+        return Collected({}, {})
+    static = forms.static_layers(loaded.model, targets, options.target, options.activations)
+    regions = find_regions(loaded.model, [node for nodes in static.values() for node in nodes])
+    # Where a shape operator moves codes, the value before it has told everything.
+    histograms = {name: group for name, group in regions.groups.items() if not _moved(loaded.model, name, regions)}
+    request = Request(targets, quantizer.stats | ERROR_STATS, histograms)
+    settings = Settings(options.memory_limit, options.threads, options.seed)
+    del plan
+    return collect(loaded.model, data.calibration, request, settings, progress)
+
+
+def _moved(model: ir.Model, name: str, regions: Any) -> bool:
+    for node in model.graph:
+        if str(node.name) in regions.code_nodes and any(str(value.name) == name for value in node.outputs):
+            return True
+    return False
+
+
+def _finish(
+    context: Context,
+    budget: Budget,
+    candidate: Candidate,
+    plan: Plan,
+    contenders: tuple[Contender, ...],
+    data: _Data,
+    untouched: list[Untouched],
+    name: str,
+) -> Result:
+    """Stamp, write to a temporary file, reload, compare, time."""
+    model = candidate.emitted.model
+    origin = provenance(context, plan_to_json(plan), data.digest)
+    model.metadata_props.update(origin)
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
+        written = Path(folder) / "model.onnx"
+        save(model, written)
+        session = make_session(written, threads=context.options.threads)
+    parity, outputs = None, None
+    if context.held_out is not None:
+        simulated = make_session(
+            simulate(context.loaded.model, candidate.emission), threads=context.options.threads, optimize=False
+        )
+        outputs = run_all(session, context.held_out.feeds)
+        parity = check_parity(outputs, run_all(simulated, context.held_out.feeds), context.held_out.outputs)
+    measured = _measured(context, candidate, session, outputs, parity)
+    report = build_report(context, budget, candidate, plan, contenders, measured, untouched, name, origin)
+    return Result(model, plan, report)
+
+
+def _measured(context: Context, candidate: Candidate, session: Session, outputs: Any, parity: float | None) -> Measured:
+    if context.held_out is None or outputs is None or parity is None:
+        return Measured(None, parity, (), None, None)
+    timings = measure_timings(context.held_out.session, session, context.held_out.feeds)
+    drop = None if context.evaluation is None else context.evaluation.drop(session)
+    latency = relative_latency(context, candidate, session)
+    return Measured(compare(context.held_out.outputs, outputs), parity, timings, drop, latency)

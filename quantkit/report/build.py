@@ -1,0 +1,195 @@
+"""Put a finished run into a Report: one row per target, totals, and what the user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from quantkit.budget import Budget
+from quantkit.costs.size import stored_bits
+from quantkit.forms import Option
+from quantkit.graph.emit import serialized_size
+from quantkit.report.types import Contender, Fidelity, LayerRow, Report, Timing
+from quantkit.runtime.ort import optimized_nodes
+from quantkit.types import Plan, Target
+
+if TYPE_CHECKING:
+    from quantkit.candidate import Candidate, Context
+    from quantkit.graph.targets import Untouched
+    from quantkit.verify import Comparison
+
+# Operators that carry data to and from a kernel; a layer's kernel is the other node that bears its names.
+CARRIERS = frozenset(
+    {"Cast", "Transpose", "Reshape", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Add", "Mul"}
+    | {"Concat", "Relu", "Slice", "Sub", "Unsqueeze", "Squeeze", "ReorderInput", "ReorderOutput"}
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What verification found; None where there was no data to run."""
+
+    fidelity: Comparison | None
+    parity: float | None
+    timings: tuple[Timing, ...]
+    drop: float | None
+    latency: float | None
+
+
+def build_report(
+    context: Context,
+    budget: Budget,
+    candidate: Candidate,
+    plan: Plan,
+    contenders: tuple[Contender, ...],
+    measured: Measured,
+    untouched: Sequence[Untouched],
+    name: str,
+    origin: Mapping[str, str],
+) -> Report:
+    """Everything a run found out, as plain data."""
+    size = serialized_size(candidate.emitted.model)
+    kernels = layer_kernels(optimized_nodes(candidate.emitted.model), candidate.emitted.names)
+    rows = [
+        _row(target, candidate.chosen.get(key), plan, kernels.get(key, "")) for key, target in context.targets.items()
+    ]
+    average = _average(context.targets, candidate.chosen)
+    fidelity = None
+    if measured.fidelity is not None and measured.parity is not None and context.held_out is not None:
+        found = measured.fidelity
+        fidelity = Fidelity(found.sqnr, found.cosine, found.top1_agreement, measured.parity, context.held_out.samples)
+    return Report(
+        model=name,
+        target=context.options.target,
+        layers=tuple(rows),
+        untouched=tuple((row.name, row.op, row.reason) for row in untouched),
+        size_before=context.loaded.size,
+        size_after=size,
+        average_bits=average[0],
+        stored_bits=average[1],
+        fidelity=fidelity,
+        timings=measured.timings,
+        contenders=contenders,
+        unmet=tuple(_unmet(context, budget, size, average[0], measured)),
+        notes=tuple([*context.loaded.notes, *_notes(context, candidate, measured)]),
+        provenance=dict(origin),
+    )
+
+
+def layer_kernels(nodes: Sequence[onnx.NodeProto], names: Mapping[str, frozenset[str]]) -> dict[str, str]:
+    """Target name -> operator that computes it in the optimised graph ("" = not found)."""
+    found: dict[str, str] = {}
+    for node in nodes:
+        if node.op_type in CARRIERS:
+            continue
+        own = {node.name, *node.input, *node.output}
+        for key, carried in names.items():
+            if key not in found and own & carried:
+                found[key] = node.op_type
+    return found
+
+
+def _row(target: Target, option: Option | None, plan: Plan, kernel: str) -> LayerRow:
+    weights = target.shape[0] * target.shape[1]
+    if option is None:
+        reason = plan.layers[target.name].reason if target.name in plan.layers else "left in float"
+        return LayerRow(
+            target.name,
+            target.op,
+            target.shape,
+            None,
+            None,
+            None,
+            None,
+            4 * weights,
+            4 * weights,
+            None,
+            kernel,
+            None,
+            reason,
+        )
+    return LayerRow(
+        name=target.name,
+        op=target.op,
+        shape=target.shape,
+        bits=option.spec.bits,
+        group_size=option.spec.group_size,
+        symmetric=option.spec.symmetric,
+        form=option.form,
+        bytes_before=4 * weights,
+        bytes_after=round(stored_bits(target, option.spec) * weights / 8),
+        sqnr=float(-10 * np.log10(max(option.noise, 1e-20))),
+        kernel=kernel,
+        latency=option.ratio,
+        reason=plan.layers[target.name].reason,
+    )
+
+
+def _average(targets: Mapping[str, Target], chosen: Mapping[str, Option]) -> tuple[float, float]:
+    weights = {name: target.shape[0] * target.shape[1] for name, target in targets.items()}
+    codes = sum((chosen[name].spec.bits if name in chosen else 32) * count for name, count in weights.items())
+    stored = sum(
+        (stored_bits(targets[name], chosen[name].spec) if name in chosen else 32) * count
+        for name, count in weights.items()
+    )
+    total = sum(weights.values())
+    return codes / total, stored / total
+
+
+def _unmet(context: Context, budget: Budget, size: int, average: float, measured: Measured) -> list[str]:
+    found = []
+    limit = budget.max_bytes(context.loaded.size)
+    if limit is not None and size > limit:
+        found.append(f"size {size} bytes exceeds the budget of {limit} bytes")
+    if budget.avg_bits is not None and average > budget.avg_bits + 1e-9:
+        found.append(f"average bits {average:.3f} exceed the budget of {budget.avg_bits:g}")
+    if budget.max_latency is not None:
+        if measured.latency is None:
+            found.append("the latency budget cannot be checked without calibration data; give --calib")
+        elif measured.latency > budget.max_latency:
+            found.append(f"time {measured.latency:.2f}x of float exceeds the budget of {budget.max_latency:g}x")
+    if budget.max_drop is not None:
+        drop = _drop(measured)
+        if drop is None:
+            found.append("the accuracy budget cannot be checked without data; give --calib, or --eval and --metric")
+        elif drop > budget.max_drop:
+            found.append(f"the drop of {drop:.4f} exceeds the budget of {budget.max_drop:g}")
+    if budget.max_bops is not None:
+        found.append("a budget in bit operations needs an allocator that counts them; uniform does not")
+    return found
+
+
+def _drop(measured: Measured) -> float | None:
+    if measured.drop is not None or measured.fidelity is None:
+        return measured.drop
+    agreement = measured.fidelity.top1_agreement
+    return 1 - (measured.fidelity.cosine if agreement is None else agreement)
+
+
+def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[str]:
+    notes = []
+    if context.held_out is None:
+        notes.append("no calibration data: weights only, nothing was measured; give --calib for integer activations")
+    slow = [timing for timing in measured.timings if timing.speedup < 1 / 1.05]
+    for timing in slow:
+        shapes = ", ".join("x".join(map(str, shape)) for shape in timing.shapes.values())
+        notes.append(
+            f"slower than float at {shapes}: {timing.speedup:.2f}x; --max-latency 1x asks for forms that are not"
+        )
+    loaded = sum(_loaded_bytes(context.targets[name], option) for name, option in candidate.chosen.items())
+    if loaded:
+        notes.append(f"weights take {loaded / 1e6:.1f} MB once loaded (the file is smaller: they are unpacked at load)")
+    return notes
+
+
+def _loaded_bytes(target: Target, option: Option) -> int:
+    """Bytes of the constant that the kernel reads."""
+    from quantkit.emitters.matmulnbits import kernel_bits
+
+    weights = target.shape[0] * target.shape[1]
+    bits = {"packed": 32, "qdq": 8, "dynamic": 8, "matmulnbits": kernel_bits(option.spec.bits)}
+    return weights * bits.get(option.form, 4 if option.spec.bits == 4 else 8) // 8

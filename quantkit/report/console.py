@@ -1,0 +1,186 @@
+"""A report as tables that fit 80 columns, on the terminal or as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from quantkit.report.types import LayerRow, Report
+
+LAYER_LIMIT = 60
+UNTOUCHED_LIMIT = 12
+NAME_WIDTH = 22
+
+
+class ErrorConsole(Console):
+    """Standard error; a reader that went away ends the tables, not the run."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(stderr=True, quiet=quiet, highlight=False, emoji=False, markup=False)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, self.file.fileno())
+
+
+def print_report(report: Report, console: Console, *, all_layers: bool = False) -> None:
+    """Layers, untouched nodes, contenders, totals, notes; long lists are cut unless `all_layers`."""
+    console.print(layer_table(report, all_layers=all_layers))
+    if report.untouched:
+        console.print(untouched_table(report.untouched, all_rows=all_layers))
+    if report.contenders:
+        console.print(_contender_table(report))
+    console.print(_totals_table(report))
+    for note in report.notes:
+        console.print(Text(f"note: {note}"))
+    for sentence in report.unmet:
+        console.print(Text(f"not met: {sentence}", style="bold red"))
+
+
+def report_html(report: Report) -> str:
+    """The same tables, every layer, as one HTML page without outside references."""
+    console = Console(record=True, width=140, file=StringIO(), highlight=False, emoji=False, markup=False)
+    console.print(Text(f"quantkit report: {report.model}", style="bold"))
+    print_report(report, console, all_layers=True)
+    provenance = plain_table("provenance", ("key", "value"))
+    for key, value in report.provenance.items():
+        provenance.add_row(key, value)
+    console.print(provenance)
+    return console.export_html(inline_styles=True)
+
+
+def layer_table(report: Report, *, all_layers: bool) -> Table:
+    """One row per layer; beyond the limit the layers with the largest error come first and the rest is summed up."""
+    rows = report.layers
+    shown = rows if all_layers or len(rows) <= LAYER_LIMIT else _worst(rows, LAYER_LIMIT)
+    table = plain_table(f"layers of {shorten(report.model, 50)}", ())
+    for heading, right in (
+        ("layer", False),
+        ("op", False),
+        ("bits", True),
+        ("bytes", True),
+        ("err dB", True),
+        ("form > kernel", False),
+        ("reason", False),
+    ):
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for row in shown:
+        table.add_row(
+            Text(shorten(row.name, NAME_WIDTH)),
+            shorten(row.op, 9),
+            bits_text(row),
+            f"{short_bytes(row.bytes_before)} > {short_bytes(row.bytes_after)}",
+            "-" if row.sqnr is None else f"{row.sqnr:.1f}",
+            Text(_way(row)),
+            Text(row.reason),
+        )
+    hidden = len(rows) - len(shown)
+    if hidden:
+        widths = Counter("float" if row.bits is None else f"{row.bits} bit" for row in rows)
+        counts = ", ".join(f"{count} x {width}" for width, count in sorted(widths.items()))
+        table.caption = f"{hidden} layers with less error are not shown (--all-layers); in all {counts}"
+    return table
+
+
+def untouched_table(untouched: Sequence[tuple[str, str, str]], *, all_rows: bool) -> Table:
+    """Nodes with weights that stay as they are, with the reason."""
+    table = plain_table("not quantized", ("node", "op", "reason"))
+    shown = untouched if all_rows else untouched[:UNTOUCHED_LIMIT]
+    for name, op, reason in shown:
+        table.add_row(Text(shorten(name, NAME_WIDTH)), Text(op), Text(reason))
+    if len(shown) < len(untouched):
+        table.caption = f"{len(untouched) - len(shown)} more are not shown (--all-layers)"
+    return table
+
+
+def plain_table(title: str, headings: Sequence[str]) -> Table:
+    """The look of every table."""
+    table = Table(
+        title=Text(title) if title else None, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _contender_table(report: Report) -> Table:
+    table = plain_table("measured candidates", ("", "plan"))
+    for heading in ("size", "error dB", "time"):
+        table.add_column(heading, justify="right")
+    for row in report.contenders:
+        mark = "*" if row.chosen else ""
+        table.add_row(mark, Text(row.name), short_bytes(row.size), f"{row.sqnr:.1f}", f"{row.latency:.2f}x")
+    return table
+
+
+def _totals_table(report: Report) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    ratio = f"{report.ratio:.2f}x smaller" if report.size_after else "empty"
+    table.add_row("size", f"{short_bytes(report.size_before)} > {short_bytes(report.size_after)} ({ratio})")
+    table.add_row("bits per weight", f"{report.average_bits:.2f} ({report.stored_bits:.2f} with scales)")
+    for timing in report.timings:
+        shapes = Text(", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in timing.shapes.items()))
+        change = f"{timing.speedup:.2f}x" if timing.quantized_ms else "?"
+        table.add_row("speed", Text(f"{change} ({timing.float_ms:.3f} > {timing.quantized_ms:.3f} ms) at ") + shapes)
+    fidelity = report.fidelity
+    if fidelity is not None:
+        agreement = "" if fidelity.top1_agreement is None else f", top-1 agreement {fidelity.top1_agreement:.1%}"
+        table.add_row(
+            "fidelity",
+            f"{fidelity.sqnr:.1f} dB, cosine {fidelity.cosine:.5f}{agreement} on {fidelity.samples} samples",
+        )
+        table.add_row("parity", f"{fidelity.parity:.1f} dB against the planner's simulation")
+    table.add_row("target", report.target)
+    return table
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut in the middle: the end of a path says more than its middle."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 3
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+def short_bytes(count: int) -> str:
+    """Three digits and a unit: `980 B`, `1.23 MB`."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB" if value < 999.5 else f"{value:.0f} GB"
+
+
+def bits_text(row: LayerRow) -> str:
+    """`4 g32` = 4 bits with a scale per 32 inputs, `8` = one scale per row, `float`."""
+    if row.bits is None:
+        return "float"
+    return f"{row.bits} g{row.group_size}" if row.group_size and row.group_size > 0 else str(row.bits)
+
+
+def _way(row: LayerRow) -> str:
+    return " > ".join(part for part in (row.form or "", row.kernel) if part) or "-"
+
+
+def _worst(rows: Sequence[LayerRow], limit: int) -> list[LayerRow]:
+    """The rows with the lowest signal-to-noise ratio, in the model's order; layers without one come last."""
+    by_error = sorted(range(len(rows)), key=lambda at: (rows[at].sqnr is None, rows[at].sqnr or 0.0, at))
+    return [rows[at] for at in sorted(by_error[:limit])]
+
+
+def print_unmet(report: Report) -> None:
+    """The sentences behind exit code 1, for a run whose tables are off."""
+    for sentence in report.unmet:
+        sys.stderr.write(f"quantkit: not met: {sentence}\n")

@@ -1,0 +1,124 @@
+"""What a run reports, as plain data: the console table and report.json are two views of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One target. `bits` None = it stayed float, and `reason` says why.
+
+    Attributes:
+        shape: (N, K).
+        sqnr: dB, this layer's output against float on calibration rows (None without calibration).
+        kernel: operator that the runtime really runs for it, read from the optimised graph ("" = folded away).
+        form: how it is written (`qdq`, `dynamic`, `matmulnbits`, `gather`, `packed`).
+        latency: measured time of this layer alone relative to float (None = not measured).
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, int]
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+    form: str | None
+    bytes_before: int
+    bytes_after: int
+    sqnr: float | None
+    kernel: str
+    latency: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median milliseconds for one input shape, float and quantized alternating in one process."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    float_ms: float
+    quantized_ms: float
+
+    @property
+    def speedup(self) -> float:
+        return self.float_ms / self.quantized_ms
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Emitted model against the float model on held-out samples, all outputs together (worst output when several).
+
+    Attributes:
+        sqnr: dB.
+        cosine: mean cosine similarity per sample.
+        top1_agreement: share of samples with the same arg-max (None when no output looks like class scores).
+        parity: dB, emitted model against the planner's simulation of it.
+        samples: held-out samples used.
+    """
+
+    sqnr: float
+    cosine: float
+    top1_agreement: float | None
+    parity: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A candidate that was emitted and measured; `chosen` marks the one that was kept."""
+
+    name: str
+    size: int
+    sqnr: float
+    latency: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a run found out.
+
+    Attributes:
+        untouched: (node name, op type, reason) of weights-bearing nodes that are no targets.
+        average_bits: bits per weight over all target weights, floats counted as 32, codes only.
+        stored_bits: the same with scales and zero points.
+        budget_met: False when the budget or the accuracy asked for was not reached (exit code 1).
+        unmet: the sentences that say which.
+        notes: things the user should know (folding, slower than float, memory at run time ...).
+        provenance: hashes and versions, as in the model's metadata_props.
+    """
+
+    model: str
+    target: str
+    layers: tuple[LayerRow, ...]
+    untouched: tuple[tuple[str, str, str], ...]
+    size_before: int
+    size_after: int
+    average_bits: float
+    stored_bits: float
+    fidelity: Fidelity | None
+    timings: tuple[Timing, ...]
+    contenders: tuple[Contender, ...]
+    unmet: tuple[str, ...]
+    notes: tuple[str, ...]
+    provenance: Mapping[str, str]
+
+    @property
+    def budget_met(self) -> bool:
+        return not self.unmet
+
+    @property
+    def ratio(self) -> float:
+        return self.size_before / self.size_after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: documented names, no NaN (an undefined figure is null)."""
+        data = asdict(self)
+        data["ratio"] = self.ratio
+        data["budget_met"] = self.budget_met
+        for row, timing in zip(data["timings"], self.timings, strict=True):
+            row["speedup"] = timing.speedup
+        return data

@@ -1,0 +1,168 @@
+"""Make onnxruntime CPU sessions from in-memory graphs, run them, and time several of them against each other."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from quantkit.errors import InputError
+from quantkit.types import Array, Feed
+
+# A protobuf cannot pass 2 GiB; weights of larger graphs go to a temporary external file for the session.
+PROTOBUF_LIMIT = 1_600_000_000
+FATAL_ONLY = 4
+
+
+class Session:
+    """An onnxruntime session that knows its inputs and outputs.
+
+    Attributes:
+        input_names, output_names: in the model's order.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self.input_names = tuple(item.name for item in session.get_inputs())
+        self.output_names = tuple(item.name for item in session.get_outputs())
+
+    def run(self, feed: Feed) -> dict[str, Array]:
+        """All outputs for one batch."""
+        try:
+            values = self._session.run(None, dict(feed))
+        except Exception as error:  # onnxruntime raises many unrelated types; all of them mean "this feed"
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feed.items())
+            raise InputError(f"onnxruntime cannot run the model on the inputs {shapes}: {first_line(error)}") from error
+        return dict(zip(self.output_names, values, strict=True))
+
+
+def first_line(error: BaseException) -> str:
+    """The telling part of a runtime's message, short enough for one sentence."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = FATAL_ONLY
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    return options
+
+
+@contextmanager
+def _saved(model: ir.Model) -> Iterator[Path]:
+    """The model as a temporary file with its weights beside it."""
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
+        path = Path(folder) / "model.onnx"
+        # ir.save points the values at the new file; a clone keeps the caller's graph on the original one.
+        ir.save(model.clone(), path, external_data="weights.bin")
+        yield path
+
+
+def inline_bytes(model: ir.Model) -> int:
+    """Bytes of initializers that serialising would put into the protobuf."""
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def make_session(
+    model: ir.Model | Path, *, threads: int = 1, optimize: bool = True, optimized: Path | None = None
+) -> Session:
+    """A CPU session; weights that are memory-mapped from the model's folder stay there.
+
+    Args:
+        model: graph, or a file.
+        threads: of one operator (0 = onnxruntime's choice).
+        optimize: False runs the graph literally, node by node.
+        optimized: where onnxruntime writes the graph that it really runs.
+
+    Raises:
+        InputError: onnxruntime cannot load the model (unknown operator, bad graph).
+    """
+    options = _options(threads, optimize)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        if isinstance(model, Path):
+            return Session(onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"]))
+        if inline_bytes(model) > PROTOBUF_LIMIT:
+            with _saved(model) as path:
+                return Session(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
+        folder = _external_folder(model)
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        content = ir.to_proto(model).SerializeToString()
+        return Session(onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]))
+    except InputError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+
+
+def _external_folder(model: ir.Model) -> Path | None:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                return Path(value.const_value.base_dir or ".").resolve()
+    return None
+
+
+def optimized_nodes(model: ir.Model | Path, *, threads: int = 1) -> list[onnx.NodeProto]:
+    """The nodes that onnxruntime really runs, subgraphs included, in the order of the optimised graph."""
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        make_session(model, threads=threads, optimized=path)
+        graph = onnx.load(str(path), load_external_data=False).graph
+    found: list[onnx.NodeProto] = []
+
+    def walk(nodes: Sequence[onnx.NodeProto]) -> None:
+        for node in nodes:
+            found.append(node)
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    walk(attribute.g.node)
+
+    walk(graph.node)
+    return found
+
+
+def time_sessions(sessions: Sequence[Session], feed: Feed, *, seconds: float = 1.0, rounds: int = 5) -> list[float]:
+    """Median milliseconds of each session on one feed, alternating so that all share the machine's moods.
+
+    Each is warmed up twice, then at least `rounds` rounds run, and more until `seconds` have gone by.
+    """
+    for session in sessions:
+        session.run(feed)
+        session.run(feed)
+    times: list[list[float]] = [[] for _ in sessions]
+    start = time.perf_counter()
+    while len(times[0]) < rounds or time.perf_counter() - start < seconds:
+        for session, samples in zip(sessions, times, strict=True):
+            before = time.perf_counter()
+            session.run(feed)
+            samples.append(time.perf_counter() - before)
+    return [float(np.median(samples)) * 1000 for samples in times]
+
+
+def paired_ratio(sessions: tuple[Session, Session], feed: Feed, *, seconds: float = 1.0) -> tuple[float, float]:
+    """(first ms, second ms) by medians; see time_sessions."""
+    first, second = time_sessions(sessions, feed, seconds=seconds)
+    return first, second
+
+
+def input_specs(session: Session) -> Mapping[str, tuple[str, tuple[int | str | None, ...]]]:
+    """Input name -> (onnxruntime type such as `tensor(float)`, shape with names for dynamic sizes)."""
+    return {item.name: (item.type, tuple(item.shape)) for item in session._session.get_inputs()}

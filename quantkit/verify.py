@@ -1,0 +1,193 @@
+"""The parity gate: the written file, reloaded in its runtime, against the planner's simulation and the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit import metrics
+from quantkit.calibration.data import CalibrationData, InputSpec, open_calibration
+from quantkit.calibration.request import CalibrationRequest
+from quantkit.errors import InputError, VerificationError
+from quantkit.report.types import Timing
+from quantkit.runtime.ort import Session, input_specs, make_session, time_sessions
+from quantkit.types import Array, Feed
+
+# Integer kernels and float simulation round halves differently, and one flipped code travels through the network;
+# that noise lies far below the quantization noise itself. A packing or kernel mistake lies at or above it.
+PARITY_DB = 40.0
+PARITY_MARGIN_DB = 3.0
+PARITY_FLOOR_DB = 6.0
+ORT_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same held-out samples."""
+
+    sqnr: float
+    cosine: float
+    top1_agreement: float | None
+
+
+def session_inputs(session: Session) -> list[InputSpec]:
+    """What the model wants to be fed.
+
+    Raises:
+        InputError: an input is no tensor of a plain type.
+    """
+    specs = []
+    for name, (kind, shape) in input_specs(session).items():
+        if kind not in ORT_TYPES:
+            raise InputError(
+                f"input {name!r} has the type {kind}, which calibration data cannot fill; "
+                f"supported: {', '.join(ORT_TYPES)}"
+            )
+        specs.append(InputSpec(name, np.dtype(ORT_TYPES[kind]), shape))
+    return specs
+
+
+def run_all(session: Session, feeds: Iterable[Feed]) -> dict[str, Array]:
+    """Outputs on all feeds, joined sample by sample."""
+    batches = [session.run(feed) for feed in feeds]
+    if not batches:
+        raise InputError("the held-out data has no samples; give at least two calibration samples")
+    return metrics.join(batches)
+
+
+def compare(reference: Mapping[str, Array], measured: Mapping[str, Array]) -> Comparison:
+    """The worst float output decides; models without float outputs are compared by equality."""
+    rows = []
+    for name, wanted in reference.items():
+        got = measured[name]
+        if wanted.shape != got.shape:
+            return Comparison(-200.0, 0.0, None)
+        if np.issubdtype(wanted.dtype, np.floating):
+            agreement = metrics.top1_agreement(wanted, got)
+            rows.append((metrics.sqnr(wanted, got), metrics.cosine(wanted, got), agreement))
+        elif wanted.dtype != object:
+            equal = float((wanted == got).mean()) if wanted.size else 1.0
+            rows.append((200.0 if equal == 1.0 else 10 * equal, equal, equal))
+    agreements = [row[2] for row in rows if row[2] is not None]
+    return Comparison(
+        min((row[0] for row in rows), default=200.0),
+        min((row[1] for row in rows), default=1.0),
+        min(agreements) if agreements else None,
+    )
+
+
+def check_parity(emitted: Mapping[str, Array], simulated: Mapping[str, Array], reference: Mapping[str, Array]) -> float:
+    """SQNR in dB between what ran and what was planned.
+
+    Raises:
+        VerificationError: they differ by more than rounding: the file does not compute what the plan says.
+    """
+    parity = compare(simulated, emitted).sqnr
+    planned = compare(reference, simulated).sqnr
+    needed = min(PARITY_DB, max(planned + PARITY_MARGIN_DB, PARITY_FLOOR_DB))
+    for name, value in emitted.items():
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+            if np.isfinite(reference[name]).all():
+                raise VerificationError(f"the quantized model's output {name!r} is not finite; no file was written")
+    if parity < needed:
+        raise VerificationError(
+            f"the emitted model differs from its simulation: {parity:.1f} dB, needed {needed:.1f} dB "
+            f"(simulation against float: {planned:.1f} dB); no file was written"
+        )
+    return parity
+
+
+def measure_timings(
+    reference: Session, quantized: Session, feeds: Sequence[Feed], *, seconds: float = 1.0
+) -> tuple[Timing, ...]:
+    """Medians for each distinct shape among the feeds (at most the smallest and the largest), alternating."""
+    timings = []
+    for feed in representative_feeds(feeds):
+        first, second = time_sessions([reference, quantized], feed, seconds=seconds)
+        timings.append(Timing({name: tuple(value.shape) for name, value in feed.items()}, first, second))
+    return tuple(timings)
+
+
+def representative_feeds(feeds: Sequence[Feed]) -> list[Feed]:
+    """The smallest and the largest feed, by elements; one when all are alike."""
+    ordered = sorted(feeds, key=lambda feed: sum(value.size for value in feed.values()))
+    small, large = ordered[0], ordered[-1]
+    same = all(small[name].shape == large[name].shape for name in small)
+    return [large] if same else [small, large]
+
+
+@dataclass(frozen=True)
+class FileComparison:
+    """`quantkit verify`: a quantized file against its float original."""
+
+    fidelity: Comparison
+    samples: int
+    size: int
+    reference_size: int
+    timings: tuple[Timing, ...]
+
+
+def compare_files(
+    quantized: Path, reference: Path, *, calibration: CalibrationRequest | CalibrationData, threads: int = 1
+) -> FileComparison:
+    """Run both files on the same data.
+
+    Raises:
+        InputError: a file does not load, or the two want different inputs or give different outputs.
+    """
+    first, second = make_session(reference, threads=threads), make_session(quantized, threads=threads)
+    if first.input_names != second.input_names or set(first.output_names) != set(second.output_names):
+        raise InputError(
+            f"{quantized} and {reference} are not the same model: inputs {list(second.input_names)} and "
+            f"{list(first.input_names)}, outputs {list(second.output_names)} and {list(first.output_names)}"
+        )
+    data = open_data(calibration, session_inputs(first))
+    feeds = list(data)
+    fidelity = compare(run_all(first, feeds), run_all(second, feeds))
+    timings = measure_timings(first, second, feeds)
+    sizes = [_size_on_disk(path) for path in (quantized, reference)]
+    return FileComparison(fidelity, data.samples, sizes[0], sizes[1], timings)
+
+
+def _size_on_disk(path: Path) -> int:
+    """The file with the external data files that it names."""
+    model = ir.load(path)
+    names = {
+        value.const_value.path
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return path.stat().st_size + sum(Path(name).stat().st_size for name in names)
+
+
+def open_data(
+    calibration: CalibrationRequest | CalibrationData | object, inputs: Sequence[InputSpec]
+) -> CalibrationData:
+    """Whatever the caller has, as calibration data for these inputs."""
+    if isinstance(calibration, CalibrationData):
+        return calibration
+    if isinstance(calibration, CalibrationRequest):
+        return open_calibration(
+            calibration.source,
+            inputs,
+            preprocess=calibration.preprocess,
+            tokenizer=calibration.tokenizer,
+            batch_size=calibration.batch_size,
+            max_samples=calibration.max_samples,
+        )
+    return open_calibration(calibration, inputs)
