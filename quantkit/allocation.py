@@ -36,9 +36,10 @@ def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
     with progress.task("allocating bits"):
         candidate = _within_size(context, budget, calibrator)
         candidate = _within_latency(context, budget, calibrator, candidate, contenders)
+    last = max((index for index, row in enumerate(contenders) if row[0] is candidate), default=-1)
     rows = tuple(
-        Contender(other.name, other.size, figures.sqnr, figures.latency, other.content == candidate.content)
-        for other, figures in contenders
+        Contender(other.name, other.size, figures.sqnr, figures.latency, index == last)
+        for index, (other, figures) in enumerate(contenders)
     )
     return candidate, _plan(context, candidate, calibrator), rows
 

@@ -101,13 +101,16 @@ def load_digits() -> Digits:
 
 def train(digits: Digits, *, progress: Progress, epochs: int = EPOCHS, seed: int = 0) -> Weights:
     """Adam on the cross entropy, learning rate falling to zero."""
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
     rng = np.random.default_rng(seed)
     weights = initial_weights(rng)
     moments = {name: (np.zeros_like(value), np.zeros_like(value)) for name, value in weights.items()}
     count = len(digits.train_labels)
     steps = epochs * (count // BATCH)
     step = 0
-    with progress.task("training", total=epochs) as advance:
+    # Matrices this small only lose by threads; one thread also gives the same bits on every machine of a kind.
+    with threadpool_limits(limits=1), progress.task("training", total=epochs) as advance:
         for _ in range(epochs):
             order = rng.permutation(count)
             for at in range(0, count - BATCH + 1, BATCH):
@@ -156,7 +159,7 @@ def gradient(weights: Weights, images: FloatArray, labels: Labels) -> Weights:
     d_scores /= len(labels)
     d_hidden3 = (d_scores @ weights["fc2"].T) * (hidden3 > 0)
     d_pooled = (d_hidden3 @ weights["fc1"].T).reshape(pooled.shape)
-    is_max = blocks == pooled[..., None]
+    is_max = (blocks == pooled[..., None]).astype(np.float32)  # equal maxima share what flows back
     d_hidden2 = _unblocks(d_pooled[..., None] * is_max / is_max.sum(axis=-1, keepdims=True)) * (hidden2 > 0)
     d_hidden1 = _uncolumns(_conv_input_gradient(d_hidden2, weights["conv2"])) * (hidden1 > 0)
     return {

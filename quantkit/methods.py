@@ -79,30 +79,42 @@ def make(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     Args:
         kind: `allocators`, `quantizers` or `emitters`.
         name: file name.
-        settings: of all methods, `{"mse.steps": 40}`; texts are converted to the field's type.
+        settings: of this method, `{"steps": 40}`; texts are converted to the field's type.
 
     Raises:
         InputError: unknown method or setting, a value of the wrong type, or a package that is not installed.
     """
-    _check_owners(settings)
     method = _load(kind, name)
     hints = typing.get_type_hints(method) if is_dataclass(method) else {}
     known = [item.name for item in _init_fields(method)]
     values: dict[str, Any] = {}
-    for key, value in settings.items():
-        owner, _, setting = key.partition(".")
-        if owner != name:
-            continue
+    for setting, value in settings.items():
         if setting in known:
-            values[setting] = convert(value, hints[setting], key)
+            values[setting] = convert(value, hints[setting], f"{name}.{setting}")
         elif not _known_elsewhere(kind, name, setting):
-            raise InputError(f"unknown setting {key!r}; settings of {name}: {', '.join(known) or 'none'}")
+            raise InputError(f"unknown setting '{name}.{setting}'; settings of {name}: {', '.join(known) or 'none'}")
     try:
         return method(**values)
     except InputError:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"{kind[:-1]} {name!r} refuses its settings {values}: {error}") from error
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Settings of all methods as the user gives them, `{"mse.steps": 40}`; also of methods that will not be used.
+
+    Raises:
+        InputError: no such method or setting, or a value of the wrong type.
+    """
+    names = sorted({name for kind in KINDS for name in find(kind)})
+    for key, value in settings.items():
+        owner, dot, setting = key.partition(".")
+        if not dot or not setting or owner not in names:
+            raise InputError(f"setting {key!r} must be METHOD.SETTING with METHOD one of {', '.join(names)}")
+        for kind in KINDS:
+            if owner in find(kind):
+                make(kind, owner, {setting: value})
 
 
 def convert(value: Any, wanted: Any, key: str) -> Any:
@@ -142,14 +154,6 @@ def _load(kind: str, name: str) -> Any:
 
 def _init_fields(method: Any) -> list[Any]:
     return [item for item in fields(method) if item.init] if is_dataclass(method) else []
-
-
-def _check_owners(settings: Mapping[str, Any]) -> None:
-    names = sorted({name for kind in KINDS for name in find(kind)})
-    for key in settings:
-        owner, dot, setting = key.partition(".")
-        if not dot or not setting or owner not in names:
-            raise InputError(f"setting {key!r} must be METHOD.SETTING with METHOD one of {', '.join(names)}")
 
 
 def _known_elsewhere(kind: str, name: str, setting: str) -> bool:

@@ -46,7 +46,7 @@ class Options:
     random_calibration: bool = False
     seed: int = 0
     cache: Path | None = None
-    memory_limit: int = 256 << 20
+    memory_limit: int = 160 << 20
     threads: int = 1
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""compress(): load, find targets, calibrate, allocate, choose forms, emit, verify; the order of work is that of lines."""
+"""compress(): load, find targets, calibrate, allocate, choose forms, emit, verify, in the order of its lines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from quantkit.report.progress import Progress, SilentProgress
 from quantkit.report.types import Contender, Report
 from quantkit.runtime.ort import Session, make_session
 from quantkit.types import Plan, Target, WeightQuantizer
-from quantkit.verify import check_parity, compare, measure_timings, open_data, run_all, session_inputs
+from quantkit.verify import check_literal, check_parity, compare, measure_timings, open_data, run_all, session_inputs
 
 HOLDOUT_SHARE = 0.2
 HOLDOUT_SAMPLES = 64
@@ -220,11 +220,14 @@ def _finish(
         written = Path(folder) / "model.onnx"
         save(model, written)
         session = make_session(written, threads=context.options.threads)
+        literal = make_session(written, threads=context.options.threads, optimize=False)
     parity, outputs = None, None
     if context.held_out is not None:
         simulated = make_session(
             simulate(context.loaded.model, candidate.emission), threads=context.options.threads, optimize=False
         )
+        first = context.held_out.feeds[:1]
+        check_literal(run_all(literal, first), run_all(simulated, first))
         outputs = run_all(session, context.held_out.feeds)
         parity = check_parity(outputs, run_all(simulated, context.held_out.feeds), context.held_out.outputs)
     measured = _measured(context, candidate, session, outputs, parity)

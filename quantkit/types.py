@@ -311,6 +311,9 @@ class Emitter(Protocol):
     def fake_quantize(self, rows: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
         """What the form's arithmetic makes of input rows [T, K] before multiplying; the rows themselves if float."""
 
+    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
+        """The float bias [N] that the emitted form adds."""
+
     def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
         """The same as float operators in the planner's simulation, for any batch."""
 

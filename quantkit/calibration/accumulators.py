@@ -235,13 +235,12 @@ class Moments:
     def add(self, rows: Array, weights: Array | None = None) -> None:
         """`weights` [T]: how much each row counts, 0 for padding."""
         weighted = rows if weights is None else rows * np.asarray(weights, dtype=np.float32)[:, None]
+        total = weighted.sum(axis=1, dtype=np.float64)
+        size = np.abs(weighted).sum(axis=1, dtype=np.float64)
         square = np.einsum("gtk,gtk->gk", weighted, rows, dtype=np.float64)
-        self._square = square if self._square is None else self._square + square
-        rows = weighted
-        total = rows.sum(axis=1, dtype=np.float64)
-        size = np.abs(rows).sum(axis=1, dtype=np.float64)
         self._sum = total if self._sum is None else self._sum + total
         self._size = size if self._size is None else self._size + size
+        self._square = square if self._square is None else self._square + square
         self.count += rows.shape[1] if weights is None else float(np.sum(weights, dtype=np.float64))
 
     @property

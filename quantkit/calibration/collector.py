@@ -103,12 +103,14 @@ def collect(
     waves = _waves(model, data, watched, settings.memory_limit)
     with progress.task("calibrating", total=len(waves) * len(data)) as advance:
         for wave in waves:
-            session = make_session(_instrumented(model, [item.name for item in wave]), threads=settings.threads)
+            names = [item.name for item in wave]
+            session = make_session(_instrumented(model, names), threads=settings.threads, arena=False)
             batches = 0
             for number, feed in enumerate(data):
                 values = {**feed, **session.run(feed)}
                 for item in wave:
                     _add(item, values[item.name], settings.seed + number)
+                del values  # before the next batch: two sets of activations are never held
                 batches += 1
                 advance(1)
             if batches == 0:
@@ -178,7 +180,8 @@ def _waves(
     waves: list[list[_Watched]] = []
     used = 0
     for item in watched:
-        cost = 4 * _elements(available[item.name], sizes) + sum(_reader_bytes(r) for r in item.readers.values())
+        # onnxruntime hands its outputs over as copies: for a moment each exists twice.
+        cost = 2 * 4 * _elements(available[item.name], sizes) + sum(_reader_bytes(r) for r in item.readers.values())
         if not waves or used + cost > memory_limit:
             waves.append([])
             used = 0

@@ -157,4 +157,5 @@ def parse_settings(items: list[str] | tuple[str, ...]) -> dict[str, Any]:
         if key in settings:
             raise InputError(f"--set {key} is given twice")
         settings[key] = value
+    methods.check_settings(settings)
     return settings

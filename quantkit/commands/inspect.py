@@ -72,7 +72,7 @@ def _bytes(weight: ir.Value) -> int:
 def _show(data: dict[str, Any], console: Console, *, all_rows: bool) -> None:
     from rich.text import Text
 
-    from quantkit.report.console import LAYER_LIMIT, NAME_WIDTH, plain_table, short_bytes, shorten, untouched_table
+    from quantkit.report.console import LAYER_LIMIT, NAME_WIDTH, plain_table, print_untouched, short_bytes, shorten
 
     rows = data["targets"]
     table = plain_table("can be quantized", ("layer", "op"))
@@ -83,12 +83,11 @@ def _show(data: dict[str, Any], console: Console, *, all_rows: bool) -> None:
         shape = "x".join(map(str, row["shape"]))
         size = short_bytes(row["bytes"])
         table.add_row(Text(shorten(row["name"], NAME_WIDTH + 8)), row["op"], shape, f"{row['parameters']:,}", size)
-    if len(shown) < len(rows):
-        table.caption = f"{len(rows) - len(shown)} more are not shown (--all-layers)"
     console.print(table)
+    if len(shown) < len(rows):
+        console.print(f"{len(rows) - len(shown)} more are not shown (--all-layers)")
     untouched = [(item["name"], item["op"], item["reason"]) for item in data["untouched"]]
-    if untouched:
-        console.print(untouched_table(untouched, all_rows=all_rows))
+    print_untouched(untouched, console, all_rows=all_rows)
     total = sum(row["bytes"] for row in rows)
     opsets = ", ".join(f"{domain} {version}" for domain, version in data["opset"].items())
     console.print(Text(f"size {short_bytes(data['size'])}, {short_bytes(total)} of it in these layers; opset {opsets}"))

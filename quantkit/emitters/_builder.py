@@ -106,7 +106,7 @@ class Builder:
 
     def const(self, array: Array, name: str = "c") -> ir.Value:
         """An initializer of the main graph; equal arrays share one."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would give scalars an axis
         key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
             value = ir.Value(name=self.name(name), const_value=ir.tensor(array))

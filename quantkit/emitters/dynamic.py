@@ -37,6 +37,10 @@ class Dynamic:
         restored: FloatArray = ((codes - zero_point) * scale).astype(np.float32)
         return restored
 
+    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
+        del weight, act
+        return bias
+
     def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
         """The definition of DynamicQuantizeLinear and its inverse, in float operators."""
         del weight

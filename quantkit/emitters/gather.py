@@ -34,6 +34,10 @@ class Gather:
         del weight, act
         return rows
 
+    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
+        del weight, act
+        return bias
+
     def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
         del ops, weight
         return data

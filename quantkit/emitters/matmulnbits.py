@@ -58,6 +58,10 @@ class MatMulNBits:
         rounded: FloatArray = (np.rint(blocks / scale) * scale).reshape(padded.shape).astype(np.float32)
         return rounded[..., :num_inputs]
 
+    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
+        del weight, act
+        return bias
+
     def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
         num_inputs = weight.shape[1]
         width = weight.spec.group_width(num_inputs)

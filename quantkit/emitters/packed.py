@@ -29,6 +29,10 @@ class Packed:
         del weight, act
         return rows
 
+    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
+        del weight, act
+        return bias
+
     def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
         del ops, weight
         return data

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from quantkit.emitters._builder import Builder, Ops
@@ -17,6 +18,7 @@ from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, Quan
 
 OPERATORS = ("Conv", "Gemm", "MatMul")
 INT32_MAX = 2**31 - 1
+Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class QDQ:
         restored: FloatArray = ((codes - np.float32(act.zero_point)) * scale).astype(np.float32)
         return restored
 
+    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
+        assert act is not None
+        codes, steps = _bias_codes(bias, act.scale, channel_scales(weight))
+        return bias if codes is None else (codes * steps).astype(np.float32)
+
     def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
         del ops, weight
         return data  # the simulated graph carries the same activation pairs
@@ -59,27 +66,36 @@ class QDQ:
         axis = channel_axis(target.layout)
         real = builder.op("DequantizeLinear", [operand, scales], axis=axis)
         real.shape, real.dtype = ir.Shape(target.layout.operand_shape), ir.DataType.FLOAT
-        exact = signed_codes(weight)
-        channel_scales = exact[1] if exact is not None else requantize(weight.dequantize())[1]
         for use in target.uses:
             use.node.replace_input_with(use.weight_index, real)
-            _quantize_bias(builder.at(use.node), use.node, use.data, scales, channel_scales)
+            _quantize_bias(builder.at(use.node), use.node, use.data, scales, channel_scales(weight))
 
 
-def _quantize_bias(
-    builder: Builder, node: ir.Node, data: ir.Value, scales: ir.Value, channel_scales: FloatArray
-) -> None:
+def channel_scales(weight: QuantizedWeight) -> FloatArray:
+    """[N] scales of the int8 weight."""
+    exact = signed_codes(weight)
+    return exact[1] if exact is not None else requantize(weight.dequantize())[1]
+
+
+def _bias_codes(bias: FloatArray, input_scale: float, scales: FloatArray) -> tuple[Doubles | None, Doubles]:
+    """(int32 codes as float64, their steps); codes are None when they do not fit."""
+    steps = np.float64(np.float32(input_scale)) * scales.astype(np.float64)
+    if bias.shape != steps.shape:
+        return None, steps
+    codes = np.rint(bias.astype(np.float64) / steps)
+    return (codes if np.abs(codes).max(initial=0) <= INT32_MAX else None), steps
+
+
+def _quantize_bias(builder: Builder, node: ir.Node, data: ir.Value, scales: ir.Value, per_channel: FloatArray) -> None:
     """Replace a constant float bias by int32 codes with scale = input scale x weight scale, as the kernels add it."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     pair = data.producer()
     if bias is None or bias.const_value is None or pair is None or pair.op_type != "DequantizeLinear":
         return
-    values = bias.const_value.numpy().astype(np.float64)
     input_scale = pair.inputs[1]
     assert input_scale is not None and input_scale.const_value is not None
-    steps = np.float64(input_scale.const_value.numpy()) * channel_scales.astype(np.float64)
-    codes = np.rint(values / steps) if values.shape == steps.shape else np.array([np.inf])
-    if np.abs(codes).max(initial=0) > INT32_MAX:
+    codes, _ = _bias_codes(bias.const_value.numpy(), float(input_scale.const_value.numpy()), per_channel)
+    if codes is None:
         return  # stays a float bias: onnxruntime quantizes it itself where it can
     scale = builder.op("Mul", [input_scale, scales])
     stored = builder.const(codes.astype(np.int32), f"{bias.name}.codes")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from quantkit.errors import InputError
 from quantkit.graph.targets import weight_values
@@ -102,7 +102,7 @@ def check_place(place: External, folder: Path, where: str) -> None:
     status = place.path.stat()
     if status.st_nlink > 1:
         raise InputError(
-            f"{what} has its data in '{place.path}', a file with several hard links: copy the data file beside the model"
+            f"{what} has its data in '{place.path}', a file with several hard links: copy it beside the model"
         )
     if place.offset < 0 or place.offset + place.length > status.st_size:
         raise InputError(
@@ -150,7 +150,8 @@ def _num_bytes(tensor: onnx.TensorProto, where: str) -> int:
         raise InputError(
             f"tensor '{tensor.name}' of {where} has the unknown data type {tensor.data_type}: export it again"
         ) from error
-    return -(-math.prod(tensor.dims) * bits // 8)
+    size: int = math.prod(tensor.dims) * bits
+    return -(-size // 8)
 
 
 def _external_of(tensor: onnx.TensorProto, folder: Path, where: str) -> External:
@@ -189,10 +190,11 @@ def _check_inline(tensor: onnx.TensorProto, where: str) -> None:
     if tensor.HasField("raw_data"):
         got = len(tensor.raw_data)
     else:  # typed fields: count elements of the types that weights have
-        counts = {onnx.TensorProto.FLOAT: tensor.float_data, onnx.TensorProto.DOUBLE: tensor.double_data}
-        if tensor.data_type not in counts:
+        counts = {ir.DataType.FLOAT: len(tensor.float_data), ir.DataType.DOUBLE: len(tensor.double_data)}
+        dtype = ir.DataType(tensor.data_type)
+        if dtype not in counts:
             return
-        got = len(counts[tensor.data_type]) * (expected // max(math.prod(tensor.dims), 1))
+        got = counts[dtype] * dtype.bitwidth // 8
     if got != expected:
         raise InputError(
             f"tensor '{tensor.name}' of {where} has {got} bytes, "
@@ -220,14 +222,18 @@ def _has_origin(value: ir.Value) -> bool:
 
 
 def check_weights(model: ir.Model, where: str) -> None:
-    """No weight or bias holds NaN or infinity. Other constants may: an attention mask of -inf is one."""
+    """No weight or bias holds NaN or infinity. Other constants may: an attention mask of -inf is one.
+
+    A table of Gather may hold infinity for the same reason; it is then no target.
+    """
     for node, value in {value: (node, value) for node, value in weight_values(model)}.values():
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
             continue
         array = np.ravel(tensor.numpy())
         for start in range(0, array.size, CHUNK):
-            if not np.isfinite(array[start : start + CHUNK]).all():
+            block = array[start : start + CHUNK]
+            if np.isnan(block).any() or (node.op_type != "Gather" and np.isinf(block).any()):
                 raise InputError(
                     f"weight '{value.name}' of {where}, read by node '{node.name}', holds NaN or infinity: "
                     "repair the model before compressing it"

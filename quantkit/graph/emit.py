@@ -22,7 +22,7 @@ from quantkit.graph.regions import Regions, insert_pairs
 from quantkit.graph.targets import find_targets
 from quantkit.methods import make
 from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
-from quantkit.types import ActParams, Emitter, QuantizedWeight, Target
+from quantkit.types import ActParams, Emitter, QuantizedWeight, Target, Use
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,24 @@ def simulate(model: ir.Model, emission: Emission) -> ir.Model:
         for use in target.uses:
             data = use.data
             use.node.replace_input_with(use.weight_index, operand)
+            _simulate_bias(builder, use, form, assignment.weight, emission)
             rounded = form.simulate_input(builder.at(use.node), data, assignment.weight)
             if rounded is not data:
                 use.node.replace_input_with(use.data_index, rounded)
     return _finish(copy)
+
+
+def _simulate_bias(builder: Builder, use: Use, form: Emitter, weight: QuantizedWeight, emission: Emission) -> None:
+    """The bias as the form adds it, for the third input of Conv and Gemm."""
+    bias = use.node.inputs[2] if len(use.node.inputs) > 2 and use.node.op_type in ("Conv", "Gemm") else None
+    if bias is None or bias.const_value is None:
+        return
+    pair = use.data.producer()
+    source = str(pair.inputs[0].name).removesuffix(".q") if pair is not None and pair.inputs[0] is not None else ""
+    act = emission.activations.get(emission.regions.groups.get(source, ""))
+    real = bias.const_value.numpy()
+    if act is not None:
+        use.node.replace_input_with(2, builder.const(form.effective_bias(real, weight, act), f"{bias.name}.effective"))
 
 
 def _prepare(model: ir.Model, emission: Emission) -> tuple[ir.Model, dict[str, Target], Builder]:
@@ -120,6 +134,11 @@ def _finish(model: ir.Model) -> ir.Model:
     passes.RemoveUnusedOpsetsPass()(model)
     for function in model.functions.values():
         model.opset_imports.setdefault(function.domain, 1)
+    for graph in model.graphs():
+        for node in graph:
+            for value in node.outputs:
+                if not value.is_graph_output():  # runtimes infer these again; a small model is mostly such notes
+                    value.shape, value.type = None, None
     return model
 
 

@@ -5,16 +5,20 @@ Large weights stay where they are: external data is memory-mapped, and no step s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 from quantkit.errors import InputError
 from quantkit.graph import _checks
 from quantkit.graph.normalize import normalize
+from quantkit.graph.targets import DTYPE_NAMES, weight_values
 
 MIN_OPSET = 7
 
@@ -64,10 +68,40 @@ def load_model(model: str | Path | onnx.ModelProto | ir.Model, *, opset: int = 2
         raise InputError(f"a model is a path, an onnx.ModelProto or an onnx_ir.Model, got {type(model).__name__}")
     where = str(source) if source else "the model"
     _check_versions(opened, where)
-    _checks.check_connected(opened, where)
-    normalised, notes = normalize(opened, opset, where)
+    with _quiet():
+        normalised, notes = normalize(opened, opset, where)
     _checks.check_weights(normalised, where)
-    return LoadedModel(normalised, source, size, digest, tuple(notes))
+    return LoadedModel(normalised, source, size, digest, (*notes, *_weight_notes(normalised)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the passes' own remarks off the console: what matters becomes a note or an error."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _weight_notes(model: ir.Model) -> list[str]:
+    """Properties of the weights that keep the pass from them."""
+    notes = []
+    overridable = sum(value.is_initializer() for value in model.graph.inputs)
+    if overridable:
+        notes.append(
+            f"{overridable} initializers are also inputs, so a caller may override them: they stay as they are"
+        )
+    weights = {value.name: value.dtype for _, value in weight_values(model)}
+    for dtype, name in DTYPE_NAMES.items():
+        count = sum(found == dtype for found in weights.values())
+        if count:
+            notes.append(f"{count} weights are {name}: only float32 weights are compressed")
+    return notes
 
 
 def _open_file(path: Path) -> tuple[ir.Model, int, str]:
@@ -91,7 +125,11 @@ def _open_proto(proto: onnx.ModelProto) -> tuple[ir.Model, int, str]:
 
 
 def _open_ir(original: ir.Model) -> tuple[ir.Model, int, str]:
-    model = original.clone()
+    _checks.check_connected(original, "the model")
+    try:
+        model = original.clone()
+    except RuntimeError as error:
+        raise InputError("the nodes of the model are not in order: sort them, each after what it reads") from error
     for value in _values(model):
         if isinstance(value.type, ir.TensorType):  # a clone shares its types with the original, and they are mutable
             value.type = ir.TensorType(value.type.dtype)
@@ -102,10 +140,16 @@ def _open_ir(original: ir.Model) -> tuple[ir.Model, int, str]:
 
 def _to_ir(proto: onnx.ModelProto, where: str) -> ir.Model:
     try:
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{where} is not a valid ONNX model: {cause[:300]}; export it again") from error
+    _checks.check_connected(model, where)
+    try:
+        passes.TopologicalSortPass()(model)
+    except ValueError as error:
+        raise InputError(f"the nodes of {where} form a cycle: export it again") from error
+    return model
 
 
 def _isolate(model: ir.Model) -> None:
@@ -133,8 +177,8 @@ def _own(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
             base_dir=tensor.base_dir,
         )
     if tensor.dtype == ir.DataType.STRING:
-        return ir.StringTensor(tensor.numpy(), shape=ir.Shape(tensor.shape), name=tensor.name)
-    return ir.LazyTensor(lambda: tensor, tensor.dtype, ir.Shape(tensor.shape), name=tensor.name)
+        return ir.StringTensor(tensor.numpy(), shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+    return ir.LazyTensor(lambda: tensor, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
@@ -152,6 +196,9 @@ def _check_versions(model: ir.Model, where: str) -> None:
         raise InputError(f"{where} has IR version {model.ir_version}, older than 3: export it again")
     version = model.opset_imports.get("")
     if version is None:
+        if all(node.domain for node in model.graph.all_nodes()):
+            model.opset_imports[""] = MIN_OPSET  # nothing to upgrade
+            return
         raise InputError(f"{where} imports no opset of the default ONNX domain: export it again")
     if version < MIN_OPSET:
         raise InputError(f"{where} has opset {version}, older than {MIN_OPSET}: export it again with a newer opset")

@@ -253,10 +253,11 @@ def insert_pairs(
     """
     graph = model.graph
     nodes = {str(node.name): node for node in graph}
+    outputs = {str(value.name): value for node in graph for value in node.outputs}
+    for name in regions.absorbed:
+        _remove_clip(outputs[name])
     values = {str(value.name): value for value in graph.inputs}
     values |= {str(value.name): value for node in graph for value in node.outputs}
-    for name in regions.absorbed:
-        _remove_clip(values[name])
     codes: dict[str, ir.Value] = {}
     for name, group in regions.groups.items():
         act = params[group]

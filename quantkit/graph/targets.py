@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from quantkit.graph._ignore import apply_ignore
 from quantkit.graph._trace import Trace, follow, is_constant, static_shape, trace
-from quantkit.types import FloatArray, Layout, Target, Use
+from quantkit.types import Array, FloatArray, Layout, Target, Use
 
 MIN_ELEMENTS = 256
 """Below this, scales, zero points and the extra nodes take more bytes than narrower codes save."""
@@ -35,6 +35,9 @@ QUANTIZED_OPERATORS = frozenset(
     | {"QAttention", "QEmbedLayerNormalization", "QOrderedMatMul", "QOrderedGelu", "QLinearLeakyRelu"}
 )
 DEFAULT_DOMAINS = ("", "ai.onnx")
+DTYPE_NAMES = {ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+MASK_VALUE = 1e30
+"""From here on a number in a table stands for infinity."""
 
 
 @dataclass(frozen=True)
@@ -116,37 +119,50 @@ def _node_name(node: ir.Node) -> str:
 def _examine(node: ir.Node, suffix: str, use: Use) -> _Found | Untouched | None:
     """One weight of one node; None when the node reads no weight there at all."""
     operand = node.inputs[use.weight_index] if use.weight_index < len(node.inputs) else None
-    name = _node_name(node) + suffix
     if operand is None:
         return None
     origin = trace(operand)
-    if not is_constant(origin.root):
+    if node.op_type == "Gather" and not _is_float(origin):
+        return None  # a lookup among shapes, indices and the like
+    shape: tuple[int, ...] = ()
+    if is_constant(origin.root):
+        reason = _root_reason(origin)
+        if reason is None:
+            shape = static_shape(operand) or follow(_array(origin.root), origin.path).shape
+            reason = _shape_reason(node, shape) or _mask_reason(node, origin)
+    else:
         reason = _unknown_reason(node, origin)
-        return Untouched(name, node.op_type, reason) if reason else None
-    reason = _root_reason(operand, origin)
-    if reason:
-        return Untouched(name, node.op_type, reason)
-    shape = static_shape(operand)
-    if shape is None:
-        assert origin.root.const_value is not None
-        shape = follow(origin.root.const_value.numpy(), origin.path).shape
-    reason = _shape_reason(node, shape)
-    if reason:
+        if reason is None:
+            return None
+    name = _node_name(node) + suffix
+    if reason is not None:
         return Untouched(name, node.op_type, reason)
     matrix, groups, layout = _orientation(node, shape)
     target = Target(name, node.op_type, (use,), origin.root, matrix, groups, layout, origin.path)
     return _Found(target, (origin.root, node.op_type, suffix, matrix, groups, layout, _path_key(origin.path)))
 
 
+def _is_float(origin: Trace) -> bool:
+    dtype = origin.root.dtype
+    return dtype is None or dtype.is_floating_point()
+
+
+def _array(value: ir.Value) -> Array:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
 def _unknown_reason(node: ir.Node, origin: Trace) -> str | None:
-    """Why there is no constant at the end of the walk back; None when the node is an ordinary lookup or the like."""
+    """Why there is no constant at the end of the walk back; None when the node is an ordinary lookup."""
     root, producer = origin.root, origin.root.producer()
     if root.is_initializer() and root.is_graph_input():
         return "the weight is also a graph input, so a caller may override it"
     if producer is not None and producer.op_type == "DequantizeLinear":
-        return f"already quantized (DequantizeLinear '{_node_name(producer)}')"
+        codes = producer.inputs[0]
+        if codes is not None and trace(codes).root.is_initializer():
+            return f"already quantized (DequantizeLinear '{_node_name(producer)}')"
     if node.op_type == "Gather":
-        return None  # a lookup in an activation, such as one dimension of a shape
+        return None
     if node.op_type == "MatMul":
         left = node.inputs[0]
         if left is not None and is_constant(trace(left).root):
@@ -157,22 +173,20 @@ def _unknown_reason(node: ir.Node, origin: Trace) -> str | None:
     return f"the weight '{root.name}' is an input, not a constant"
 
 
-def _root_reason(operand: ir.Value, origin: Trace) -> str | None:
-    root = origin.root
-    if root.is_graph_output():
+def _root_reason(origin: Trace) -> str | None:
+    if origin.root.is_graph_output():
         return "the weight is also a graph output"
-    assert root.const_value is not None
-    dtypes = [root.const_value.dtype, *(node.outputs[0].dtype for node in origin.path if node.op_type == "Cast")]
-    if any(dtype is not None and (dtype.is_integer() or dtype.bitwidth <= 8) for dtype in dtypes):
-        return f"{dtypes[0].name.lower() if dtypes[0] else 'integer'} weight: not a float table of parameters"
-    casts = [node for node in origin.path if node.op_type == "Cast"]
-    dtype = ir.DataType(casts[-1].attributes["to"].as_int()) if casts else root.const_value.dtype
-    if dtype != ir.DataType.FLOAT:
-        return f"{_DTYPE_NAMES.get(dtype, dtype.name.lower())} weight: convert the model to float32 first"
+    assert origin.root.const_value is not None
+    casts = [node.attributes["to"].as_int() for node in origin.path if node.op_type == "Cast"]
+    dtypes = [origin.root.const_value.dtype, *(ir.DataType(to) for to in casts)]
+    for dtype in dtypes:
+        if not dtype.is_floating_point():
+            return f"integer weight ({dtype.name.lower()})"
+        if dtype.bitwidth < 16:
+            return f"already quantized ({dtype.name.lower()} weight)"
+    if dtypes[-1] != ir.DataType.FLOAT:
+        return f"{DTYPE_NAMES[dtypes[-1]]} weight: convert the model to float32 first"
     return None
-
-
-_DTYPE_NAMES = {ir.DataType.DOUBLE: "float64"}
 
 
 def _shape_reason(node: ir.Node, shape: tuple[int, ...]) -> str | None:
@@ -188,6 +202,13 @@ def _shape_reason(node: ir.Node, shape: tuple[int, ...]) -> str | None:
         return "the weight is a vector"
     size = math.prod(shape)
     return f"too small to gain ({size} elements)" if size < MIN_ELEMENTS else None
+
+
+def _mask_reason(node: ir.Node, origin: Trace) -> str | None:
+    """A float table with infinities, or numbers that stand for them, is an attention mask and no embedding."""
+    if node.op_type == "Gather" and not (np.abs(_array(origin.root)) < MASK_VALUE).all():
+        return "the table holds infinities, as a mask does"
+    return None
 
 
 def _orientation(node: ir.Node, shape: tuple[int, ...]) -> tuple[tuple[int, int], int, Layout]:
@@ -246,8 +267,9 @@ def _other_reason(node: ir.Node) -> str | None:
         return None
     for value in node.inputs:
         tensor = trace(value).root.const_value if value is not None else None
-        if tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) >= 2:
-            if tensor.size >= MIN_ELEMENTS:
-                operator = node.op_type if node.domain in DEFAULT_DOMAINS else f"{node.domain}.{node.op_type}"
-                return f"no form for the operator {operator}"
+        if tensor is None or not tensor.dtype.is_floating_point() or len(tensor.shape) < 2:
+            continue
+        if tensor.size >= MIN_ELEMENTS:
+            operator = node.op_type if node.domain in DEFAULT_DOMAINS else f"{node.domain}.{node.op_type}"
+            return f"no form for the operator {operator}"
     return None

@@ -3,7 +3,7 @@
 A few large weights stretch a covering grid; clipping them makes all other steps finer. Per group, the scale is searched
 over a geometric sequence of shrink factors (and, where zero points are free, one code up and down), then improved by
 least squares for fixed codes, s* = sum h w l / sum h l^2 with l = code - zero_point. h is how much an error at an input
-costs: the diagonal of the layer's Gram matrix (GPTQ's Hessian, arXiv 2210.17323), mean |x| squared without it, else 1.
+costs: its mean square, the diagonal of GPTQ's Hessian (arXiv 2210.17323); mean |x| squared without it, else 1.
 The covering grid is always a candidate, so no group's weighted error exceeds round-to-nearest's.
 """
 

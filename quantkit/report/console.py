@@ -36,9 +36,9 @@ class ErrorConsole(Console):
 
 def print_report(report: Report, console: Console, *, all_layers: bool = False) -> None:
     """Layers, untouched nodes, contenders, totals, notes; long lists are cut unless `all_layers`."""
-    console.print(layer_table(report, all_layers=all_layers))
-    if report.untouched:
-        console.print(untouched_table(report.untouched, all_rows=all_layers))
+    name_width = NAME_WIDTH + max(0, console.width - 80) // 2
+    print_layers(report, console, name_width=name_width, all_layers=all_layers)
+    print_untouched(report.untouched, console, all_rows=all_layers)
     if report.contenders:
         console.print(_contender_table(report))
     console.print(_totals_table(report))
@@ -50,7 +50,7 @@ def print_report(report: Report, console: Console, *, all_layers: bool = False) 
 
 def report_html(report: Report) -> str:
     """The same tables, every layer, as one HTML page without outside references."""
-    console = Console(record=True, width=140, file=StringIO(), highlight=False, emoji=False, markup=False)
+    console = Console(record=True, width=200, file=StringIO(), highlight=False, emoji=False, markup=False)
     console.print(Text(f"quantkit report: {report.model}", style="bold"))
     print_report(report, console, all_layers=True)
     provenance = plain_table("provenance", ("key", "value"))
@@ -60,55 +60,48 @@ def report_html(report: Report) -> str:
     return console.export_html(inline_styles=True)
 
 
-def layer_table(report: Report, *, all_layers: bool) -> Table:
-    """One row per layer; beyond the limit the layers with the largest error come first and the rest is summed up."""
+def print_layers(report: Report, console: Console, *, name_width: int, all_layers: bool) -> None:
+    """One row per layer; beyond the limit only those with the largest error, and a line that sums up the rest."""
     rows = report.layers
     shown = rows if all_layers or len(rows) <= LAYER_LIMIT else _worst(rows, LAYER_LIMIT)
     table = plain_table(f"layers of {shorten(report.model, 50)}", ())
-    for heading, right in (
-        ("layer", False),
-        ("op", False),
-        ("bits", True),
-        ("bytes", True),
-        ("err dB", True),
-        ("form > kernel", False),
-        ("reason", False),
-    ):
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("bits", "bytes", "less", "err dB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("how and why", overflow="fold")
     for row in shown:
         table.add_row(
-            Text(shorten(row.name, NAME_WIDTH)),
-            shorten(row.op, 9),
+            Text(shorten(row.name, name_width)),
             bits_text(row),
-            f"{short_bytes(row.bytes_before)} > {short_bytes(row.bytes_after)}",
+            short_bytes(row.bytes_after),
+            f"{row.bytes_before / row.bytes_after:.1f}x" if row.bytes_after else "-",
             "-" if row.sqnr is None else f"{row.sqnr:.1f}",
-            Text(_way(row)),
-            Text(row.reason),
+            Text("\n".join(part for part in (_way(row), row.reason) if part)),
         )
-    hidden = len(rows) - len(shown)
-    if hidden:
+    console.print(table)
+    if len(shown) < len(rows):
         widths = Counter("float" if row.bits is None else f"{row.bits} bit" for row in rows)
         counts = ", ".join(f"{count} x {width}" for width, count in sorted(widths.items()))
-        table.caption = f"{hidden} layers with less error are not shown (--all-layers); in all {counts}"
-    return table
+        hidden = len(rows) - len(shown)
+        console.print(f"{hidden} layers with less error are not shown (--all-layers); in all {counts}")
 
 
-def untouched_table(untouched: Sequence[tuple[str, str, str]], *, all_rows: bool) -> Table:
+def print_untouched(untouched: Sequence[tuple[str, str, str]], console: Console, *, all_rows: bool) -> None:
     """Nodes with weights that stay as they are, with the reason."""
+    if not untouched:
+        return
     table = plain_table("not quantized", ("node", "op", "reason"))
     shown = untouched if all_rows else untouched[:UNTOUCHED_LIMIT]
     for name, op, reason in shown:
         table.add_row(Text(shorten(name, NAME_WIDTH)), Text(op), Text(reason))
+    console.print(table)
     if len(shown) < len(untouched):
-        table.caption = f"{len(untouched) - len(shown)} more are not shown (--all-layers)"
-    return table
+        console.print(f"{len(untouched) - len(shown)} more are not shown (--all-layers)")
 
 
 def plain_table(title: str, headings: Sequence[str]) -> Table:
     """The look of every table."""
-    table = Table(
-        title=Text(title) if title else None, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table
@@ -171,7 +164,9 @@ def bits_text(row: LayerRow) -> str:
 
 
 def _way(row: LayerRow) -> str:
-    return " > ".join(part for part in (row.form or "", row.kernel) if part) or "-"
+    """`Conv as qdq > QLinearConv`: operator, form, and the kernel that runs."""
+    written = f"{row.op} as {row.form}" if row.form else row.op
+    return f"{written} > {row.kernel}" if row.kernel else written
 
 
 def _worst(rows: Sequence[LayerRow], limit: int) -> list[LayerRow]:

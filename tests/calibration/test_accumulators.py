@@ -16,6 +16,7 @@ from quantkit.calibration.accumulators import (
     Histogram,
     Moments,
     RowSample,
+    _expected_error,
     act_params,
     clip_entropy,
     clip_minmax,
@@ -48,7 +49,8 @@ def with_outliers() -> FloatArray:
 
 
 def quantize(values: Array, params: ActParams) -> npt.NDArray[np.float64]:
-    codes = np.clip(np.rint(values.astype(np.float64) / params.scale) + params.zero_point, 0, 255)
+    codes: npt.NDArray[np.float64] = np.rint(values.astype(np.float64) / params.scale) + params.zero_point
+    codes = np.clip(codes, 0, 255)
     return params.scale * (codes - params.zero_point)
 
 
@@ -66,7 +68,7 @@ def reference_counts(values: Array, seen: Distribution) -> Array:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=8), min_size=1, max_size=5))
+@given(st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8), min_size=1, max_size=5))
 def test_any_stream_is_counted_exactly(batches: list[list[float]]) -> None:
     parts = [np.array(batch, dtype=np.float32) for batch in batches]
     values = np.concatenate(parts)
@@ -210,12 +212,27 @@ def test_mse_is_better_than_every_other_rule_and_near_the_best_range() -> None:
         assert found <= 1.02 * min(squared_error(values, *ends) for ends in scans)
 
 
-def test_mse_predicts_the_error_that_quantizing_makes() -> None:
-    # The expected error is not public; its minimum over one number is: a wrong integral moves it.
-    values = np.maximum(gaussian(400_000), 0)
-    best = min(np.linspace(2, 5, 301), key=lambda high: squared_error(values, 0, float(high)))
-    found = clip_mse(distribution(values))[1]
-    assert squared_error(values, 0, found) <= 1.005 * squared_error(values, 0, float(best))
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (-0.3, 0.7), (0.0, 1.0), (-2.0, 0.0)])
+def test_expected_error_is_the_integral_over_each_bin(low: float, high: float) -> None:
+    # The last bin has no width, the second is narrower than a step of the widest range.
+    edges = np.array([-1.0, -0.2, -0.198, 0.4, 3.0, 3.0])
+    counts = np.array([5.0, 2.0, 11.0, 7.0, 4.0])
+    expected = 4 * squared_error(np.array([3.0]), low, high)
+    for index in range(4):
+        middles = (np.arange(200_000) + 0.5) / 200_000
+        spread = edges[index] + (edges[index + 1] - edges[index]) * middles
+        expected += counts[index] * squared_error(spread, low, high) / spread.size
+    seen = Distribution(counts, edges, low=-1.0, high=3.0, zeros=0.0)
+    assert _expected_error(seen, low, high) == pytest.approx(expected, rel=1e-4)
+    with_zeros = Distribution(counts + [0, 0, 30, 0, 0], edges, low=-1.0, high=3.0, zeros=30.0)
+    assert _expected_error(with_zeros, low, high) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [0, 2])
+def test_mse_finds_the_best_upper_end_among_many_zeros(threshold: float) -> None:
+    values = np.maximum(gaussian(400_000) - np.float32(threshold), 0)
+    best = min(squared_error(values, 0, float(high)) for high in np.linspace(1, 5, 401))
+    assert squared_error(values, *clip_mse(distribution(values))) <= 1.01 * best
 
 
 # --- Activation grid
@@ -268,6 +285,7 @@ def test_moments_and_gram_match_float64() -> None:
     assert moments.count == gram.count == everything.shape[1]
     np.testing.assert_allclose(moments.mean, everything.mean(axis=1), rtol=1e-7)
     np.testing.assert_allclose(moments.abs_mean, np.abs(everything).mean(axis=1), rtol=1e-7)
+    np.testing.assert_allclose(moments.square_mean, np.square(everything).mean(axis=1), rtol=1e-7)
     expected = everything.transpose(0, 2, 1) @ everything / everything.shape[1]
     np.testing.assert_allclose(gram.result(), expected, rtol=1e-6)
     np.testing.assert_array_equal(gram.result(), gram.result().transpose(0, 2, 1))
@@ -275,14 +293,16 @@ def test_moments_and_gram_match_float64() -> None:
 
 
 def test_row_weights_leave_padding_out() -> None:
-    masked, plain = (Moments(), Gram(), RowSample(limit=5000)), (Moments(), Gram(), RowSample(limit=5000))
+    masked = (Moments(), Gram(), RowSample(limit=5000))
+    plain = (Moments(), Gram(), RowSample(limit=5000))
     for rows in batches():
         weights = np.arange(rows.shape[1]) % 3 != 0
         noisy = rows.copy()
         noisy[:, ~weights] = 1e6
-        for with_mask, without in zip(masked, plain, strict=True):
-            with_mask.add(noisy, weights)
-            without.add(rows[:, weights])
+        kept = rows[:, weights]
+        for index in range(3):
+            masked[index].add(noisy, weights)
+            plain[index].add(kept)
     assert masked[0].count == plain[0].count and masked[1].count == plain[1].count
     np.testing.assert_allclose(masked[0].mean, plain[0].mean, rtol=1e-12)
     np.testing.assert_allclose(masked[0].abs_mean, plain[0].abs_mean, rtol=1e-12)
@@ -292,7 +312,7 @@ def test_row_weights_leave_padding_out() -> None:
 
 def test_real_weights_scale_the_rows_share() -> None:
     rows = batches()[1]
-    weights = np.random.default_rng(1).uniform(0, 2, rows.shape[1])
+    weights = np.random.default_rng(1).uniform(0, 2, rows.shape[1:2])
     gram, moments = Gram(), Moments()
     gram.add(rows, weights)
     moments.add(rows, weights)
@@ -300,6 +320,7 @@ def test_real_weights_scale_the_rows_share() -> None:
     expected = (exact * weights[:, None]).transpose(0, 2, 1) @ exact / weights.sum()
     np.testing.assert_allclose(gram.result(), expected, rtol=1e-6)
     np.testing.assert_allclose(moments.mean, np.average(exact, axis=1, weights=weights), rtol=1e-6)
+    np.testing.assert_allclose(moments.square_mean, np.average(exact**2, axis=1, weights=weights), rtol=1e-6)
 
 
 def numbered(count: int) -> FloatArray:
@@ -348,7 +369,8 @@ def test_inputs_are_not_written() -> None:
     weights = np.ones(rows.shape[1])
     weights.setflags(write=False)
     Histogram().add(rows)
-    for accumulator in (Moments(), Gram(), RowSample(8)):
+    accumulators: tuple[Moments | Gram | RowSample, ...] = (Moments(), Gram(), RowSample(8))
+    for accumulator in accumulators:
         accumulator.add(rows, weights)
         accumulator.add(rows)
 

@@ -88,6 +88,8 @@ def test_large_feeds_are_divided_and_small_ones_not_merged() -> None:
 def test_a_single_feed_is_split_by_its_samples() -> None:
     kept, held = open_calibration([feed(0, 4)], [X]).split(1)
     assert (numbers(kept), numbers(held)) == ([[0, 1, 3]], [[2]])
+    nameless = [InputSpec("x", np.dtype(np.float32), (None, 2))]
+    assert open_calibration([feed(0, 4)], nameless).samples == 4
 
 
 @pytest.mark.parametrize(

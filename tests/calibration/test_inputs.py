@@ -6,6 +6,7 @@ import pytest
 
 from quantkit.calibration.inputs import InputSpec, as_array, check_names, conform, fixed_batch
 from quantkit.errors import InputError
+from quantkit.types import Array
 
 IMAGE = InputSpec("image", np.dtype(np.float32), ("batch", 3, 4, 4))
 IDS = InputSpec("ids", np.dtype(np.int64), ("batch", "seq"))
@@ -17,7 +18,7 @@ def one(dtype: object, shape: tuple[int | str | None, ...] = ("batch",)) -> list
 
 def test_feed_comes_out_in_the_models_order_and_dtypes() -> None:
     mask = InputSpec("mask", np.dtype(np.int64), ("batch", "seq"))
-    feed = {"mask": np.ones((2, 3), np.int32), "ids": np.array([[0, 1, 2], [3, 4, 5]])}
+    feed: dict[str, Array] = {"mask": np.ones((2, 3), np.int32), "ids": np.array([[0, 1, 2], [3, 4, 5]])}
     result = conform(feed, [IDS, mask], "data", [0, 1])
     assert list(result) == ["ids", "mask"]
     assert result["mask"].dtype == np.int64
@@ -96,7 +97,7 @@ def test_overflow_by_a_cast_is_found() -> None:
 
 
 def test_every_wrong_shape_is_listed() -> None:
-    feed = {"image": np.zeros((2, 3, 4, 5), np.float32), "ids": np.zeros(2, np.int64)}
+    feed: dict[str, Array] = {"image": np.zeros((2, 3, 4, 5), np.float32), "ids": np.zeros(2, np.int64)}
     told = (
         r"^data: input 'image' wants float32 \[batch, 3, 4, 4\], got float32 \[2, 3, 4, 5\]; "
         r"input 'ids' wants int64 \[batch, seq\], got int64 \[2\]; the first axis must be the samples$"

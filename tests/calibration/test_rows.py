@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from quantkit.types import Array, FloatArray
 def run_op(op: str, data: FloatArray, weight: FloatArray, attributes: dict[str, Any]) -> FloatArray:
     """The operator's output as onnxruntime computes it."""
     spelt = ", ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in attributes.items())
+    spelt = f"<{spelt}>" if spelt else ""
     shapes = [", ".join(map(str, array.shape)) for array in (data, weight)]
     model = onnx.parser.parse_model(
         f"""<ir_version: 10, opset_import: ["": 21]>
-        one (float[{shapes[0]}] X, float[{shapes[1]}] W) => (float Y) {{ Y = {op} <{spelt}> (X, W) }}"""
+        one (float[{shapes[0]}] X, float[{shapes[1]}] W) => (float Y) {{ Y = {op} {spelt} (X, W) }}"""
     )
     model.graph.output[0].type.tensor_type.ClearField("shape")
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -89,7 +91,7 @@ def test_conv_rows_give_the_convolution(case: str) -> None:
 
 @pytest.mark.parametrize("change", [{"pads": [3, 1, 0, 2]}, {"pads": [2, 0, 1, 3]}, {"strides": [3, 2]}])
 def test_a_wrong_reading_is_noticed(change: dict[str, Any]) -> None:
-    data_shape, weight_shape, attributes = CONVS["2d asymmetric pads"]
+    _, weight_shape, attributes = CONVS["2d asymmetric pads"]
     data, weight = arrays((2, 3, 9, 9), weight_shape)
     attributes = {**attributes, "strides": [2, 2]}
     output = np.moveaxis(run_op("Conv", data, weight, attributes), 1, -1).reshape(-1, weight_shape[0])
@@ -108,8 +110,6 @@ def test_attributes_may_be_bytes_or_absent() -> None:
 
 
 def test_a_sample_of_a_large_convolution_needs_little_memory() -> None:
-    import tracemalloc
-
     data = np.zeros((1, 16, 256, 256), dtype=np.float32)
     weight = np.zeros((4, 16, 5, 5), dtype=np.float32)
     tracemalloc.start()
@@ -124,7 +124,7 @@ def test_a_sample_of_a_large_convolution_needs_little_memory() -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 3)])
 def test_conv_transpose_rows_are_pixels(groups: int, kernel: tuple[int, int]) -> None:
-    # With the stride equal to the kernel no outputs overlap: each pixel fills a kernel-sized tile of each output channel.
+    # With the stride equal to the kernel no outputs overlap: each pixel fills one tile of each output channel.
     data, weight = arrays((2, 6, 4, 5), (6, 3, *kernel))
     attributes = {"group": groups, "strides": list(kernel)}
     rows = read("ConvTranspose", data, weight, attributes)
@@ -164,7 +164,7 @@ def test_recurrent_rows_are_the_steps_of_the_sequence(op: str) -> None:
 def test_sampled_positions_are_distinct_sorted_and_repeatable() -> None:
     chosen = sample_positions(1000, 50, seed=1)
     assert len(set(chosen.tolist())) == 50 and (np.diff(chosen) > 0).all()
-    assert 0 <= chosen[0] and chosen[-1] < 1000
+    assert chosen[0] >= 0 and chosen[-1] < 1000
     np.testing.assert_array_equal(chosen, sample_positions(1000, 50, seed=1))
     assert not np.array_equal(chosen, sample_positions(1000, 50, seed=2))
     np.testing.assert_array_equal(sample_positions(20, 50, seed=1), np.arange(20))

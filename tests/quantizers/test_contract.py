@@ -36,6 +36,7 @@ def stats_of(num_inputs: int, groups: int = 1, num_rows: int = 64) -> LayerStats
     rows = rng.standard_normal((groups, num_rows, num_inputs)) * np.exp(rng.standard_normal(num_inputs))
     rows += 0.5 * rows.mean(axis=2, keepdims=True)
     arrays: dict[str, Any] = {
+        "square_mean": np.square(rows).mean(axis=1),
         "abs_mean": np.abs(rows).mean(axis=1),
         "mean": rows.mean(axis=1),
         "gram": rows.transpose(0, 2, 1) @ rows / num_rows,
@@ -80,18 +81,19 @@ def test_codes_scales_and_zero_points_are_in_range(name: str, bits: int, symmetr
 
 @pytest.mark.parametrize("name", METHODS)
 def test_names_only_statistics_that_exist(name: str) -> None:
-    assert make(name).stats <= {"abs_mean", "mean", "gram", "rows"}
+    assert make(name).stats <= {"abs_mean", "mean", "square_mean", "gram", "rows"}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_same_inputs_give_same_bytes_and_inputs_stay_as_they_are(name: str) -> None:
     weight, stats, spec = weight_of((12, 70)), stats_of(70), QuantSpec(3, 32)
-    before = [np.array(array) for array in (weight, stats.gram, stats.abs_mean, stats.mean, stats.rows)]
+    arrays = (weight, stats.gram, stats.abs_mean, stats.mean, stats.square_mean, stats.rows)
+    before = [np.array(array) for array in arrays]
     first, second = (make(name).quantize(weight, spec, stats) for _ in range(2))
     assert first.codes.tobytes() == second.codes.tobytes()
     assert first.scales.tobytes() == second.scales.tobytes()
     assert first.zero_points.tobytes() == second.zero_points.tobytes()
-    for array, old in zip((weight, stats.gram, stats.abs_mean, stats.mean, stats.rows), before, strict=True):
+    for array, old in zip(arrays, before, strict=True):
         assert array is not None and array.tobytes() == old.tobytes()
 
 
@@ -180,6 +182,13 @@ def test_rtn_of_a_quantized_matrix_changes_nothing(bits: int, symmetric: bool) -
         once = make("rtn").quantize(weight_of(shape), spec, None)
         again = make("rtn").quantize(once.dequantize(), spec, None)
         np.testing.assert_array_equal(again.dequantize(), once.dequantize())
+
+
+def test_both_ends_keep_the_outer_codes_when_the_zero_point_is_a_tie() -> None:
+    weight = np.array([[-0.5, 0.25, 1.0, 2.5]], dtype=np.float32)
+    result = make("rtn").quantize(weight, QuantSpec(2, -1), None)
+    assert result.scales.item() == 1 and result.zero_points.item() == 1
+    assert result.codes[0, [0, 3]].tolist() == [0, 3]
 
 
 def test_rtn_symmetric_codes_mirror() -> None:

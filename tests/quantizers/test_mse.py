@@ -33,8 +33,10 @@ def row_errors(weight: FloatArray, quantized: FloatArray, importance: Array, nor
     return errors
 
 
-def stats_with(gram: Array | None = None, abs_mean: Array | None = None) -> LayerStats:
-    return LayerStats(num_tokens=1, low=0.0, high=1.0, gram=gram, abs_mean=abs_mean)
+def stats_with(
+    gram: Array | None = None, square_mean: Array | None = None, abs_mean: Array | None = None
+) -> LayerStats:
+    return LayerStats(num_tokens=1, low=0.0, high=1.0, gram=gram, square_mean=square_mean, abs_mean=abs_mean)
 
 
 # Gain over round-to-nearest in dB, groups of 128, each about half a dB below what the search reaches.
@@ -90,8 +92,8 @@ def test_importance_moves_the_grid_to_where_errors_cost() -> None:
     without = MSE().quantize(weight, spec, None).dequantize()
     rows = np.broadcast_to(importance, weight.shape)
     assert row_errors(weight, with_stats, rows).sum() < 0.97 * row_errors(weight, without, rows).sum()
-    same = MSE().quantize(weight, spec, stats_with(abs_mean=np.sqrt(importance)[None])).dequantize()
-    np.testing.assert_array_equal(same, with_stats)
+    for stats in (stats_with(square_mean=importance[None]), stats_with(abs_mean=np.sqrt(importance)[None])):
+        np.testing.assert_array_equal(MSE().quantize(weight, spec, stats).dequantize(), with_stats)
 
 
 def test_each_convolution_group_uses_its_own_gram() -> None:

@@ -1,0 +1,182 @@
+"""The passes that bring an opened model to one form: current opset, no training leftovers, no foldable constants."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+
+from quantkit.errors import InputError
+from quantkit.graph._fold import fold_layers
+from quantkit.graph._trace import LAYOUT_OPERATORS
+from quantkit.graph._upgrade import BlockedError, upgrade
+
+LARGE = 1 << 20
+"""Bytes from which a weight is not copied only to re-arrange it: `find_targets` sees through layout operators."""
+SMALL_OUTPUT = 8192
+"""Elements up to which folding may make a constant larger than what it replaces."""
+FALLBACK_OPSET = 13
+"""A model at least this new is usable as it is when its upgrade fails."""
+
+
+def normalize(model: ir.Model, opset: int, where: str) -> tuple[ir.Model, list[str]]:
+    """The normalised model (the one given is used up) and what was done to it, for the user."""
+    notes: list[str] = []
+    if model.ir_version < 4:
+        count = len(model.graph.inputs)
+        passes.RemoveInitializersFromInputsPass()(model)
+        if count > len(model.graph.inputs):
+            notes.append(f"made {count - len(model.graph.inputs)} initializers constants that were listed as inputs")
+    _inline(model, where, notes)
+    _strip(model)
+    declared = {
+        value.name: (None if value.shape is None else value.shape.copy(), value.dtype)
+        for value in (*model.graph.inputs, *model.graph.outputs)
+    }
+    _lift(model)
+    infer_shapes(model)
+    model = _upgrade(model, opset, where, notes)
+    model.ir_version = max(model.ir_version, 4)  # from 4 on, initializers need not be inputs
+    _lift(model)
+    infer_shapes(model)
+    before = Counter(node.op_type for node in model.graph.all_nodes())
+    model = _fold_constants(model, notes)
+    notes += fold_layers(model)
+    _tidy(model)
+    after = Counter(node.op_type for node in model.graph.all_nodes())
+    notes += [f"removed {before[op] - after[op]} {op}" for op in ("Dropout", "Identity") if before[op] > after[op]]
+    infer_shapes(model)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        shape, dtype = declared[value.name]
+        value.shape = value.shape if shape is None else shape
+        if dtype is not None and value.dtype != dtype:
+            value.dtype = dtype
+    return model, notes
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fill in what can be known; a model that defeats inference keeps what it has."""
+    passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+
+
+def _inline(model: ir.Model, where: str, notes: list[str]) -> None:
+    if not model.functions:
+        return
+    count = len(model.functions)
+    try:
+        passes.InlinePass()(model)
+    except (ValueError, ir.passes.PassError, ir.passes.PreconditionError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"a function of {where} cannot be inlined: {cause}; export the model without it") from error
+    model.functions.clear()
+    notes.append(f"inlined {count} model-local function{'s' if count > 1 else ''}")
+
+
+def _upgrade(model: ir.Model, opset: int, where: str, notes: list[str]) -> ir.Model:
+    current = model.opset_imports[""]
+    if current >= opset:
+        return model
+    candidate = model.clone()
+    try:
+        upgrade(candidate, opset)
+    except BlockedError as blocked:
+        if current < FALLBACK_OPSET:
+            raise InputError(
+                f"{where} cannot be upgraded from opset {current} to {opset}: {blocked}; export it again with opset "
+                f"{FALLBACK_OPSET} or newer"
+            ) from blocked
+        notes.append(f"kept at opset {current}: {blocked}")
+        return model
+    notes.append(f"upgraded opset {current} -> {opset}")
+    return candidate
+
+
+def _lift(model: ir.Model) -> None:
+    """All constants become initializers of the outermost graph; every node and value has its own name."""
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    name_nodes(model)
+    passes.NameFixPass()(model)
+
+
+def _fold_constants(model: ir.Model, notes: list[str]) -> ir.Model:
+    """Fold what depends on constants alone; also drops Dropout and Identity (onnxscript)."""
+    candidate = model.clone()
+    try:
+        optimizer.fold_constants(
+            candidate,
+            onnx_shape_inference=True,
+            input_size_limit=1 << 62,
+            output_size_limit=SMALL_OUTPUT,
+            should_fold=_should_fold,
+        )
+    except (RuntimeError, ValueError) as error:
+        notes.append(f"constants not folded: {' '.join(str(error).split())}")
+        return model
+    passes.RemoveUnusedNodesPass()(candidate)
+    return candidate
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """False for layout operators on large weights; None leaves the decision to the folder's own rules."""
+    if node.op_type not in LAYOUT_OPERATORS:
+        return None
+    tensor = node.inputs[0].const_value if node.inputs and node.inputs[0] is not None else None
+    return False if tensor is not None and tensor.nbytes >= LARGE else None
+
+
+def _tidy(model: ir.Model) -> None:
+    steps: tuple[Callable[[ir.Model], object], ...] = (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        _lift,
+        passes.DeduplicateHashedInitializersPass(),
+        passes.RemoveUnusedNodesPass(),
+        _strip,
+    )
+    for step in steps:
+        step(model)
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Every node gets a name that no other node of the model has; one without is called after what it makes."""
+    taken: set[str] = set()
+    unnamed: list[ir.Node] = []
+    for node in model.graph.all_nodes():
+        if node.name and node.name not in taken:
+            taken.add(node.name)
+        else:
+            unnamed.append(node)
+    for node in unnamed:
+        made = next((value.name for value in node.outputs if value.name), "")
+        base = node.name or f"{node.op_type}/{made}"
+        name, count = base, 1
+        while name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        node.name = name
+        taken.add(name)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop doc strings and exporters' notes to themselves, which can be half a megabyte."""
+    for graph in model.graphs():
+        graph.doc_string = None
+        _drop_exporter_keys(graph.metadata_props)
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.doc_string = None
+            _drop_exporter_keys(value.metadata_props)
+        for node in graph:
+            node.doc_string = None
+            _drop_exporter_keys(node.metadata_props)
+            for value in node.outputs:
+                value.doc_string = None
+                _drop_exporter_keys(value.metadata_props)
+
+
+def _drop_exporter_keys(properties: dict[str, str]) -> None:
+    for key in [key for key in properties if key.startswith("pkg.")]:
+        del properties[key]
