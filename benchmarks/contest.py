@@ -25,6 +25,7 @@ from benchmarks.harness import (
 )
 from quantkit.types import Array, Feed
 
+PYTHON = (sys.executable, "-m")
 OUT = "{out}"  # stands for the file to write, in a contestant's command
 MEMORY_LIMIT = 16 << 30
 
@@ -96,9 +97,9 @@ def _run(contest: Contest, contestants: Sequence[Contestant], folder: Path) -> l
         path = folder / f"{contest.benchmark}-{index}.onnx" if contestant.command else contest.model
         record = _judge(contest, contestant, path, where)
         entries.append((path, record))
-        _say(f"{contest.benchmark}: {record.provider} {record.setting}: {record.error or _summary(record)}")
+        say(f"{contest.benchmark}: {record.provider} {record.setting}: {record.error or _summary(record)}")
     runnable = [(path, record) for path, record in entries if not record.error]
-    _say(f"{contest.benchmark}: timing {len(runnable)} files")
+    say(f"{contest.benchmark}: timing {len(runnable)} files")
     speeds = time_against_float(
         contest.model,
         [path for path, _ in runnable],
@@ -117,7 +118,7 @@ def _judge(contest: Contest, contestant: Contestant, path: Path, where: Environm
     if contestant.command:
         path.unlink(missing_ok=True)
         arguments = [item.replace(OUT, str(path)) for item in contestant.command]
-        done = run_isolated([sys.executable, "-m", *arguments], memory_limit=MEMORY_LIMIT)
+        done = run_isolated([*PYTHON, *arguments], memory_limit=MEMORY_LIMIT)
         record = replace(record, peak_rss_mb=done.peak_rss_mb, seconds=done.seconds)
         if not path.exists():
             return replace(record, error=done.last_line)
@@ -153,7 +154,7 @@ def _summary(record: Record) -> str:
     return f"{figures}, {record.size_bytes} B{seconds}"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -185,7 +186,9 @@ def parser(description: str) -> ArgumentParser:
 
 def selected(contestants: Sequence[Contestant], args: Namespace) -> list[Contestant]:
     """The float model and what --only asks for."""
-    wanted = [item for item in contestants if not item.command or (args.only or "") in f"{item.provider} {item.setting}"]
+    wanted = [
+        item for item in contestants if not item.command or (args.only or "") in f"{item.provider} {item.setting}"
+    ]
     if len(wanted) < 2:
         known = ", ".join(f"{item.provider} {item.setting}" for item in contestants)
         raise SystemExit(f"--only {args.only}: no contestant is called so; there are {known}")

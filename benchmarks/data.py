@@ -47,12 +47,16 @@ def imagenet_calibration(data: Path) -> str:
     return f"{data / 'data/imagenet_samples'}@::{CALIBRATION_STEP}"
 
 
-def imagenet_test(data: Path) -> Labelled:
-    """The other 800; the class of an image is its place among the sorted file names."""
+def imagenet_test(data: Path, count: int | None = None) -> Labelled:
+    """The other 800, or the first of them; the class of an image is its place among the sorted file names."""
     from PIL import Image
 
-    prepare, images, labels = load_preprocess("caffe"), [], []
+    prepare = load_preprocess("caffe")
+    images: list[Array] = []
+    labels: list[int] = []
     for label, path in enumerate(sorted((data / "data/imagenet_samples").glob("*.jpg"))):
+        if len(labels) == count:
+            break
         if label % CALIBRATION_STEP:
             with Image.open(path) as image:
                 images.append(prepare.apply(np.asarray(image.convert("RGB"))))

@@ -228,7 +228,7 @@ def file_size(path: Path) -> int:
 
 
 def count_kernels(path: Path, *, threads: int = 1) -> dict[str, int]:
-    """Operator -> nodes of that type in the graph that onnxruntime runs after its optimisations, most frequent first."""
+    """Operator -> nodes of that type in the graph that onnxruntime really runs, most frequent first."""
     return dict(Counter(node.op_type for node in optimized_nodes(path, threads=threads)).most_common())
 
 

@@ -1,6 +1,6 @@
 """The quantizers of onnxruntime, one command each, with the same calibration data that quantkit gets.
 
-    python -m benchmarks.peers static MODEL OUT --calib SRC --preprocess cifar10
+python -m benchmarks.peers static MODEL OUT --calib SRC --preprocess cifar10
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """ResNet-20 on CIFAR-10: top-1 on 10 000 images, file size, speed against float.
 
-    python -m benchmarks.resnet20 --data ../shared --out results.jsonl
+python -m benchmarks.resnet20 --data ../shared --out results.jsonl
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def _plan(context: Context, candidate: Candidate, calibrator: str) -> Plan:
         "calibrator": calibrator,
         "target": options.target,
         "seed": options.seed,
-        **{key: value for key, value in sorted(options.settings.items())},
+        **dict(sorted(options.settings.items())),
     }
     return Plan(layers, candidate.emission.activations, settings)
 

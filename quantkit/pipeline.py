@@ -157,10 +157,8 @@ def _open_data(calibration: object, reference: Session, options: Options) -> _Da
     if calibration is None and not options.random_calibration:
         return _Data(None, None)
     inputs = session_inputs(reference)
-    if calibration is None:
-        data = random_calibration(inputs, seed=options.seed)
-    else:
-        data = open_data(calibration, inputs)
+    made_up = calibration is None
+    data = random_calibration(inputs, seed=options.seed) if made_up else open_data(calibration, inputs)
     kept, held = data.split(HOLDOUT_SHARE)
     held = held.subset(HOLDOUT_SAMPLES)
     feeds = list(held)
@@ -227,7 +225,10 @@ def _finish(
             simulate(context.loaded.model, candidate.emission), threads=context.options.threads, optimize=False
         )
         first = context.held_out.feeds[:1]
-        check_literal(run_all(literal, first), run_all(simulated, first))
+        exact = all(option.form != "matmulnbits" for option in candidate.chosen.values())
+        check_literal(
+            run_all(literal, first), run_all(simulated, first), run_all(context.held_out.session, first), exact
+        )
         outputs = run_all(session, context.held_out.feeds)
         parity = check_parity(outputs, run_all(simulated, context.held_out.feeds), context.held_out.outputs)
     measured = _measured(context, candidate, session, outputs, parity)

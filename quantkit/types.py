@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from quantkit.budget import Budget
-    from quantkit.emitters._builder import Builder, Ops
+    from quantkit.emitters._builder import Builder
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -311,11 +311,8 @@ class Emitter(Protocol):
     def fake_quantize(self, rows: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
         """What the form's arithmetic makes of input rows [T, K] before multiplying; the rows themselves if float."""
 
-    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
-        """The float bias [N] that the emitted form adds."""
-
-    def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
-        """The same as float operators in the planner's simulation, for any batch."""
+    def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        """Replace every use by float operators that compute what the form promises, for any batch."""
 
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         """Replace every use of the target."""

@@ -19,6 +19,7 @@ from quantkit.types import Array, Feed
 
 # Run literally, node by node, the emitted graph and the simulation compute the same numbers up to float rounding.
 LITERAL_DB = 40.0
+LITERAL_MARGIN_DB = 6.0
 # The fused kernels round halves differently, and one flipped code travels through the network; that noise stays below
 # the quantization noise itself. A wrong kernel lies far above it.
 PARITY_DB = 40.0
@@ -91,16 +92,23 @@ def compare(reference: Mapping[str, Array], measured: Mapping[str, Array]) -> Co
     )
 
 
-def check_literal(literal: Mapping[str, Array], simulated: Mapping[str, Array]) -> None:
-    """The written graph without any optimisation against the simulation: storage, unpacking and wiring.
+def check_literal(
+    literal: Mapping[str, Array], simulated: Mapping[str, Array], reference: Mapping[str, Array], exact: bool
+) -> None:
+    """The written graph without any fusion against the simulation: storage, unpacking and wiring.
+
+    Args:
+        exact: no layer's operator rounds in a way that is its own business (MatMulNBits does).
 
     Raises:
         VerificationError: the file does not hold what the plan says.
     """
     found = compare(simulated, literal).sqnr
-    if found < LITERAL_DB:
+    planned = compare(reference, simulated).sqnr
+    needed = LITERAL_DB if exact else min(LITERAL_DB, planned + LITERAL_MARGIN_DB)
+    if found < needed:
         raise VerificationError(
-            f"the emitted graph, run node by node, differs from its simulation: {found:.1f} dB, needed {LITERAL_DB:.0f} "
+            f"the emitted graph, run node by node, differs from its simulation: {found:.1f} dB, needed {needed:.1f} "
             "dB; no file was written. This is a defect of quantkit: please report it with the model and the command"
         )
 
@@ -112,9 +120,9 @@ def check_parity(emitted: Mapping[str, Array], simulated: Mapping[str, Array], r
         VerificationError: they differ by more than rounding: the runtime does not compute what the file says.
     """
     for name, value in emitted.items():
-        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-            if np.isfinite(reference[name]).all():
-                raise VerificationError(f"the quantized model's output {name!r} is not finite; no file was written")
+        real = np.issubdtype(value.dtype, np.floating)
+        if real and not np.isfinite(value).all() and np.isfinite(reference[name]).all():
+            raise VerificationError(f"the quantized model's output {name!r} is not finite; no file was written")
     parity = compare(simulated, emitted).sqnr
     planned = compare(reference, simulated).sqnr
     needed = min(PARITY_DB, max(planned, PARITY_FLOOR_DB))

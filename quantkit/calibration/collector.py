@@ -1,13 +1,14 @@
 """One streaming pass per wave of values: run the float model, read intermediate values, add them up, forget them.
 
-A wave holds as many values as the memory limit allows for one batch plus their accumulators, so neither the number of
-samples nor the depth of the model changes the peak. Layers that read one value in one way share their accumulators.
+A wave holds as many values as the memory limit allows for one batch plus their accumulators, and batches are cut where
+that makes fewer waves, so neither the number of samples nor the depth of the model changes the peak. Layers that read
+one value in one way share their accumulators.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ from quantkit.calibration.rows import to_rows
 from quantkit.errors import InputError
 from quantkit.report.progress import Progress
 from quantkit.runtime.ort import make_session
-from quantkit.types import Array, LayerStats, Target
+from quantkit.types import Array, Feed, LayerStats, Target
 
 ROW_LIMIT = 256
 # Convolution positions read per batch: neighbours share most of their inputs, a part tells as much as all.
@@ -100,19 +101,20 @@ def collect(
         InputError: the data has no samples, or an activation is NaN or infinite.
     """
     watched = _watch(model, request, settings)
-    waves = _waves(model, data, watched, settings.memory_limit)
-    with progress.task("calibrating", total=len(waves) * len(data)) as advance:
+    waves, size = _waves(model, data, watched, settings.memory_limit)
+    with progress.task("calibrating", total=len(waves) * data.samples) as advance:
         for wave in waves:
             names = [item.name for item in wave]
             session = make_session(_instrumented(model, names), threads=settings.threads, arena=False)
             batches = 0
-            for number, feed in enumerate(data):
+            parts = (part for feed in data for part in _cut(feed, size))
+            for number, feed in enumerate(parts):
                 values = {**feed, **session.run(feed)}
                 for item in wave:
                     _add(item, values[item.name], settings.seed + number)
                 del values  # before the next batch: two sets of activations are never held
                 batches += 1
-                advance(1)
+                advance(len(next(iter(feed.values()))))
             if batches == 0:
                 raise InputError(f"the calibration data holds no samples: {data.description}")
     return _result(watched, request)
@@ -170,11 +172,41 @@ def _reader_bytes(reader: _Reader) -> int:
 
 def _waves(
     model: ir.Model, data: CalibrationData, watched: Sequence[_Watched], memory_limit: int
-) -> list[list[_Watched]]:
-    """Consecutive values whose batch and accumulators fit the limit together; one that alone exceeds it runs alone."""
+) -> tuple[list[list[_Watched]], int | None]:
+    """(waves, samples per run): consecutive values that fit the limit together; one that alone exceeds it runs alone.
+
+    Batches are halved as long as that saves waves; None leaves them as they come.
+    """
     feed = next(iter(data), None)
     if feed is None:
         raise InputError(f"the calibration data holds no samples: {data.description}")
+    size = _batch_of(model, feed)
+    waves = _fill_waves(model, feed, watched, memory_limit)
+    part = size or 1
+    while part > 1 and len(waves) > 1:
+        part //= 2
+        fewer = _fill_waves(model, next(_cut(feed, part)), watched, memory_limit)
+        if len(fewer) < len(waves):
+            waves, size = fewer, part
+    return waves, size
+
+
+def _batch_of(model: ir.Model, feed: Feed) -> int | None:
+    """Samples in the feed, when every input's first axis is a free batch axis of that size; else None."""
+    sizes = {array.shape[0] if array.ndim else -1 for array in feed.values()}
+    firsts = [value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)]
+    free = len(firsts) == len(model.graph.inputs) and not any(isinstance(first, int) for first in firsts)
+    return sizes.pop() if free and len(sizes) == 1 else None
+
+
+def _cut(feed: Feed, size: int | None) -> Iterator[Feed]:
+    """The feed in parts of at most `size` samples."""
+    total = len(next(iter(feed.values()))) if size is not None else 1
+    for start in range(0, total, size or 1):
+        yield feed if size is None else {name: array[start : start + size] for name, array in feed.items()}
+
+
+def _fill_waves(model: ir.Model, feed: Feed, watched: Sequence[_Watched], memory_limit: int) -> list[list[_Watched]]:
     sizes = _dimension_sizes(model, feed)
     available = _main_graph_values(model)
     waves: list[list[_Watched]] = []

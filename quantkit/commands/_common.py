@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.budget import parse_bytes
 from quantkit.calibration.request import CalibrationRequest
 from quantkit.errors import InputError
-from quantkit.options import ACTIVATIONS, CALIBRATORS, RUNTIMES
+from quantkit.options import ACTIVATIONS, CALIBRATORS, RUNTIMES, Options
 
 if TYPE_CHECKING:
     from quantkit.report.console import ErrorConsole
@@ -56,7 +56,8 @@ def add_run(parser: ArgumentParser) -> None:
     group.add_argument("--threads", metavar="N", type=int, default=1, help="onnxruntime threads, 0 = all (default: 1)")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
     group.add_argument("--cache", metavar="DIR", help="folder for measured latencies")
-    group.add_argument("--memory-limit", metavar="SIZE", default="256MiB", help="for calibration (default: 256MiB)")
+    limit = f"{Options.memory_limit >> 20}MiB"
+    group.add_argument("--memory-limit", metavar="SIZE", default=limit, help=f"for calibration (default: {limit})")
 
 
 def add_files(parser: ArgumentParser) -> None:

@@ -66,7 +66,7 @@ class LatencyCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f"latency.{os.getpid()}.tmp"
             temporary.write_text(json.dumps(self.entries, indent=0, sort_keys=True))
-            os.replace(temporary, self.folder / "latency.json")
+            temporary.replace(self.folder / "latency.json")
         except OSError:
             return  # a cache that cannot be written only costs time
 

@@ -228,5 +228,5 @@ def channel_axis(layout: Layout) -> int | None:
     """The operand axis that runs over W's rows, when W is the operand up to one transpose; else None."""
     if layout.view != layout.operand_shape or not layout.perm:
         return None
-    rest = [axis for axis in layout.perm[1:]]
+    rest = list(layout.perm[1:])
     return layout.perm[0] if rest == sorted(rest) else None

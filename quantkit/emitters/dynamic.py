@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantkit.emitters._builder import Builder, Ops
-from quantkit.emitters._unpack import int8_matrix, int8_weight
+from quantkit.emitters._unpack import int8_matrix, int8_weight, requantize, signed_codes
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
 
 
@@ -37,36 +37,47 @@ class Dynamic:
         restored: FloatArray = ((codes - zero_point) * scale).astype(np.float32)
         return restored
 
-    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
-        del weight, act
-        return bias
-
-    def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
-        """The definition of DynamicQuantizeLinear and its inverse, in float operators."""
-        del weight
-        zero, top = ops.const(np.array(0, np.float32)), ops.const(np.array(255, np.float32))
-        low = ops.op("Min", [ops.op("ReduceMin", [data], keepdims=0), zero])
-        high = ops.op("Max", [ops.op("ReduceMax", [data], keepdims=0), zero])
-        scale = ops.op("Div", [ops.op("Sub", [high, low]), top])
-        scale = ops.op("Where", [ops.op("Equal", [scale, zero]), ops.const(np.array(1, np.float32)), scale])
-        point = ops.op("Round", [ops.op("Clip", [ops.op("Div", [ops.op("Neg", [low]), scale]), zero, top])])
-        codes = ops.op("Add", [ops.op("Round", [ops.op("Div", [data, scale])]), point])
-        return ops.op("Mul", [ops.op("Sub", [ops.op("Clip", [codes, zero, top]), point]), scale])
+    def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        """Whole numbers multiplied in float64: exact, as integer kernels are, so that no rounding differs."""
+        exact = signed_codes(weight)
+        codes, scales = exact if exact is not None else requantize(weight.dequantize())
+        columns = builder.const(np.ascontiguousarray(codes.T), f"{target.name}.effective")
+        for use in target.uses:
+            centred, scale = _quantized_input(builder.at(use.node), use.data)
+            wide = builder.op("Cast", [columns], to=ir.DataType.DOUBLE)
+            total = builder.op("MatMul", [builder.op("Cast", [centred], to=ir.DataType.DOUBLE), wide])
+            steps = builder.op("Mul", [scale, builder.const(scales, f"{target.name}.steps")])
+            _finish(builder, use.node, builder.op("Cast", [total], to=ir.DataType.FLOAT), steps)
 
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         codes, scales = int8_matrix(builder.at(builder.model.graph[0]), weight, target.name)
         columns = builder.op("Transpose", [codes], perm=[1, 0])  # [K, N]
         for use in target.uses:
-            builder.at(use.node)
             data = use.data
-            make = partial(builder.multi, "DynamicQuantizeLinear", [data], 3)
+            make = partial(builder.at(use.node).multi, "DynamicQuantizeLinear", [data], 3)
             quantized, data_scale, data_zero = builder.shared(f"dynamic {id(use.node.graph)}", data, make)
             total = builder.op("MatMulInteger", [quantized, columns, data_zero])
-            product = builder.op(
-                "Mul", [builder.op("Cast", [total], to=ir.DataType.FLOAT), builder.op("Mul", [data_scale, scales])]
-            )
-            bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
-            builder.replace(use.node, product if bias is None else builder.op("Add", [product, bias]))
+            steps = builder.op("Mul", [data_scale, scales])
+            _finish(builder, use.node, builder.op("Cast", [total], to=ir.DataType.FLOAT), steps)
+
+
+def _finish(builder: Builder, node: ir.Node, total: ir.Value, steps: ir.Value) -> None:
+    """total * steps (+ bias) takes the node's place."""
+    product = builder.op("Mul", [total, steps])
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    builder.replace(node, product if bias is None else builder.op("Add", [product, bias]))
+
+
+def _quantized_input(ops: Ops, data: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(codes - zero point, scale): the definition of DynamicQuantizeLinear in float operators."""
+    zero, top = ops.const(np.array(0, np.float32)), ops.const(np.array(255, np.float32))
+    low = ops.op("Min", [ops.op("ReduceMin", [data], keepdims=0), zero])
+    high = ops.op("Max", [ops.op("ReduceMax", [data], keepdims=0), zero])
+    scale = ops.op("Div", [ops.op("Sub", [high, low]), top])
+    scale = ops.op("Where", [ops.op("Equal", [scale, zero]), ops.const(np.array(1, np.float32)), scale])
+    point = ops.op("Round", [ops.op("Clip", [ops.op("Div", [ops.op("Neg", [low]), scale]), zero, top])])
+    codes = ops.op("Add", [ops.op("Round", [ops.op("Div", [data, scale])]), point])
+    return ops.op("Sub", [ops.op("Clip", [codes, zero, top]), point]), scale
 
 
 def refuse_matrix_product(target: Target) -> str | None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from quantkit.emitters._builder import CONTRIB, Builder, Ops
+from quantkit.emitters._builder import CONTRIB, Builder
+from quantkit.emitters._simulate import simulate_weight
 from quantkit.emitters._unpack import codes_value, grouped_codes, scale_value, storable_scales
 from quantkit.packing import blob, pack_zero_points
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
@@ -34,13 +35,8 @@ class Gather:
         del weight, act
         return rows
 
-    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
-        del weight, act
-        return bias
-
-    def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
-        del ops, weight
-        return data
+    def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        simulate_weight(builder, target, weight.dequantize())
 
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         num_inputs = target.shape[1]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from quantkit.emitters._builder import CONTRIB, Builder, Ops
-from quantkit.emitters._unpack import codes_value, grouped_codes, scale_value
+from quantkit.emitters._simulate import simulate_weight
+from quantkit.emitters._unpack import codes_value, grouped_codes
 from quantkit.emitters.dynamic import refuse_matrix_product
 from quantkit.packing import blob, pack_zero_points
 from quantkit.types import ActParams, Array, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
@@ -58,28 +60,9 @@ class MatMulNBits:
         rounded: FloatArray = (np.rint(blocks / scale) * scale).reshape(padded.shape).astype(np.float32)
         return rounded[..., :num_inputs]
 
-    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
-        del weight, act
-        return bias
-
-    def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
-        num_inputs = weight.shape[1]
-        width = weight.spec.group_width(num_inputs)
-        pad = -num_inputs % width
-        last = ops.const(np.array([-1]))
-        padded = ops.op("Pad", [data, ops.const(np.array([0, pad])), None, last]) if pad else data
-        shape = ops.op("Shape", [data])
-        lead = ops.op("Slice", [shape, ops.const(np.array([0])), last])
-        blocked = ops.op("Concat", [lead, ops.const(np.array([-1, width]))], axis=0)
-        blocks = ops.op("Reshape", [padded, blocked])
-        peak = ops.op("ReduceMax", [ops.op("Abs", [blocks]), last], keepdims=1)
-        scale = ops.op("Div", [peak, ops.const(np.array(127, np.float32))])
-        scale = ops.op("Max", [scale, ops.const(np.array(1e-30, np.float32))])
-        rounded = ops.op("Mul", [ops.op("Round", [ops.op("Div", [blocks, scale])]), scale])
-        flat = ops.op("Reshape", [rounded, ops.op("Concat", [lead, last], axis=0)])
-        if not pad:
-            return flat
-        return ops.op("Slice", [flat, ops.const(np.array([0])), ops.const(np.array([num_inputs])), last])
+    def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        width = weight.spec.group_width(weight.shape[1])
+        simulate_weight(builder, target, weight.dequantize(), partial(_rounded_blocks, weight.shape[1], width))
 
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         if builder.runtime == "portable":
@@ -89,7 +72,9 @@ class MatMulNBits:
         bits = kernel_bits(weight.spec.bits)
         builder.at(builder.model.graph[0])
         codes, zero_points = _kernel_operands(builder, weight, bits, target.name)
-        scales = scale_value(builder, weight.scales.reshape(-1), f"{target.name}.scales")
+        # Never float16 behind a Cast: where constants are not folded (optimisation disabled), onnxruntime 1.31's kernel
+        # returns zeros at accuracy level 4 for scales that are no initializer.
+        scales = builder.const(weight.scales.reshape(-1), f"{target.name}.scales")
         for use in target.uses:
             bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
             (product,) = builder.at(use.node).multi(
@@ -104,6 +89,25 @@ class MatMulNBits:
                 accuracy_level=ACCURACY_LEVEL,
             )
             builder.replace(use.node, product if bias is None else builder.op("Add", [product, bias]))
+
+
+def _rounded_blocks(num_inputs: int, width: int, ops: Ops, data: ir.Value) -> ir.Value:
+    """int8 activations per block of `width`, as the kernel makes them, in float operators."""
+    pad = -num_inputs % width
+    last = ops.const(np.array([-1]))
+    padded = ops.op("Pad", [data, ops.const(np.array([0, pad])), None, last]) if pad else data
+    shape = ops.op("Shape", [data])
+    lead = ops.op("Slice", [shape, ops.const(np.array([0])), last])
+    blocked = ops.op("Concat", [lead, ops.const(np.array([-1, width]))], axis=0)
+    blocks = ops.op("Reshape", [padded, blocked])
+    peak = ops.op("ReduceMax", [ops.op("Abs", [blocks]), last], keepdims=1)
+    scale = ops.op("Div", [peak, ops.const(np.array(127, np.float32))])
+    scale = ops.op("Max", [scale, ops.const(np.array(1e-30, np.float32))])
+    rounded = ops.op("Mul", [ops.op("Round", [ops.op("Div", [blocks, scale])]), scale])
+    flat = ops.op("Reshape", [rounded, ops.op("Concat", [lead, last], axis=0)])
+    if not pad:
+        return flat
+    return ops.op("Slice", [flat, ops.const(np.array([0])), ops.const(np.array([num_inputs])), last])
 
 
 def _kernel_operands(

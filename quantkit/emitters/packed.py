@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from quantkit.emitters._builder import Builder, Ops
+from quantkit.emitters._builder import Builder
+from quantkit.emitters._simulate import simulate_weight
 from quantkit.emitters._unpack import float_matrix, to_operand
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
 
@@ -29,13 +30,8 @@ class Packed:
         del weight, act
         return rows
 
-    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
-        del weight, act
-        return bias
-
-    def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
-        del ops, weight
-        return data
+    def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        simulate_weight(builder, target, weight.dequantize())
 
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         first = builder.model.graph[0]

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from quantkit.emitters._builder import Builder, Ops
+from quantkit.emitters._builder import Builder
+from quantkit.emitters._simulate import simulate_weight
 from quantkit.emitters._unpack import channel_axis, int8_matrix, int8_weight, requantize, signed_codes
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
 
@@ -51,14 +52,17 @@ class QDQ:
         restored: FloatArray = ((codes - np.float32(act.zero_point)) * scale).astype(np.float32)
         return restored
 
-    def effective_bias(self, bias: FloatArray, weight: QuantizedWeight, act: ActParams | None) -> FloatArray:
-        assert act is not None
-        codes, steps = _bias_codes(bias, act.scale, channel_scales(weight))
-        return bias if codes is None else (codes * steps).astype(np.float32)
-
-    def simulate_input(self, ops: Ops, data: ir.Value, weight: QuantizedWeight) -> ir.Value:
-        del ops, weight
-        return data  # the simulated graph carries the same activation pairs
+    def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        """The simulated graph carries the same activation pairs; weight and bias are plain constants."""
+        simulate_weight(builder, target, int8_weight(weight))
+        for use in target.uses:
+            bias = _constant_bias(use.node)
+            if bias is None or bias.const_value is None:
+                continue
+            codes, steps = _bias_codes(bias.const_value.numpy(), _input_pair(use.data)[1], channel_scales(weight))
+            if codes is not None:
+                real = (codes * steps).astype(np.float32)
+                use.node.replace_input_with(2, builder.const(real, f"{bias.name}.effective"))
 
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         builder.at(builder.model.graph[0])
@@ -86,15 +90,27 @@ def _bias_codes(bias: FloatArray, input_scale: float, scales: FloatArray) -> tup
     return (codes if np.abs(codes).max(initial=0) <= INT32_MAX else None), steps
 
 
+def _constant_bias(node: ir.Node) -> ir.Value | None:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return None if bias is None or bias.const_value is None else bias
+
+
+def _input_pair(data: ir.Value) -> tuple[ir.Value, float]:
+    """The scale of the pair that makes a static layer's input."""
+    pair = data.producer()
+    assert pair is not None and pair.op_type == "DequantizeLinear"
+    scale = pair.inputs[1]
+    assert scale is not None and scale.const_value is not None
+    return scale, float(scale.const_value.numpy())
+
+
 def _quantize_bias(builder: Builder, node: ir.Node, data: ir.Value, scales: ir.Value, per_channel: FloatArray) -> None:
     """Replace a constant float bias by int32 codes with scale = input scale x weight scale, as the kernels add it."""
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    pair = data.producer()
-    if bias is None or bias.const_value is None or pair is None or pair.op_type != "DequantizeLinear":
+    bias = _constant_bias(node)
+    if bias is None or bias.const_value is None:
         return
-    input_scale = pair.inputs[1]
-    assert input_scale is not None and input_scale.const_value is not None
-    codes, _ = _bias_codes(bias.const_value.numpy(), float(input_scale.const_value.numpy()), per_channel)
+    input_scale, step = _input_pair(data)
+    codes, _ = _bias_codes(bias.const_value.numpy(), step, per_channel)
     if codes is None:
         return  # stays a float bias: onnxruntime quantizes it itself where it can
     scale = builder.op("Mul", [input_scale, scales])

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx_ir.passes import common as passes
 
 from quantkit.errors import InputError
 from quantkit.graph.targets import weight_values
@@ -202,8 +203,18 @@ def _check_inline(tensor: onnx.TensorProto, where: str) -> None:
         )
 
 
+def check_schema(model: ir.Model, where: str) -> None:
+    """ONNX's own checker, with large weights left out."""
+    try:
+        passes.CheckerPass()(model)
+    except (onnx.checker.ValidationError, ir.passes.PassError, ir.serde.SerdeError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{where} is not a valid ONNX model: {cause[:300]}; export it again") from error
+
+
 def check_connected(model: ir.Model, where: str) -> None:
-    """Every value that a node reads or the graph returns is made by something."""
+    """Every value that a node reads or the graph returns is made by something, and by one thing only."""
+    _check_names(model, where)
     for graph in model.graphs():
         for node in graph:
             for value in node.inputs:
@@ -215,6 +226,19 @@ def check_connected(model: ir.Model, where: str) -> None:
         for value in graph.outputs:
             if not _has_origin(value):
                 raise InputError(f"output '{value.name}' of {where} is made by nothing: export it again")
+
+
+def _check_names(model: ir.Model, where: str) -> None:
+    outputs = [value for node in model.graph for value in node.outputs if value.name]
+    made: set[str] = set()
+    for value in dict.fromkeys((*model.graph.inputs, *model.graph.initializers.values(), *outputs)):
+        if value.name in made:
+            raise InputError(f"value '{value.name}' of {where} is made twice: export it again")
+        made.add(str(value.name))
+    texts = [text for node in model.graph.all_nodes() for text in (node.name, node.op_type, node.domain)]
+    texts += [value.name for node in model.graph.all_nodes() for value in (*node.inputs, *node.outputs) if value]
+    if any(isinstance(text, bytes) for text in texts):
+        raise InputError(f"{where} holds a name that is not UTF-8 text: export it again")
 
 
 def _has_origin(value: ir.Value) -> bool:

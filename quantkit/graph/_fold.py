@@ -179,9 +179,10 @@ def _fold_batch_norm(node: ir.Node, main: ir.Graph) -> bool:
     if _flag(node, "training_mode") or any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return False
     parameters = [_constant(value) for value in node.inputs[1:5]]
-    if any(array is None for array in parameters):
+    vectors = [array.astype(np.float64) for array in parameters if array is not None]
+    if len(vectors) < 4 or len({vector.shape for vector in vectors}) != 1:
         return False
-    gamma, beta, mean, variance = (array.astype(np.float64) for array in parameters if array is not None)
+    gamma, beta, mean, variance = vectors
     scale = gamma / np.sqrt(variance + _number(node, "epsilon", 1e-5))
     data = node.inputs[0]
     layer = _layer_before(data, node, (*CONVOLUTIONS, "Gemm", "MatMul"))

@@ -22,7 +22,7 @@ from quantkit.graph.regions import Regions, insert_pairs
 from quantkit.graph.targets import find_targets
 from quantkit.methods import make
 from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
-from quantkit.types import ActParams, Emitter, QuantizedWeight, Target, Use
+from quantkit.types import ActParams, Emitter, QuantizedWeight, Target
 
 
 @dataclass(frozen=True)
@@ -93,30 +93,8 @@ def simulate(model: ir.Model, emission: Emission) -> ir.Model:
     """A copy of the model that computes what the plan promises, in float32 operators."""
     copy, targets, builder = _prepare(model, emission)
     for name, assignment in emission.layers.items():
-        target, form = targets[name], emitter(assignment.form)
-        effective = form.effective_weight(assignment.weight)
-        operand = builder.const(target.layout.to_operand(effective), f"{name}.effective")
-        for use in target.uses:
-            data = use.data
-            use.node.replace_input_with(use.weight_index, operand)
-            _simulate_bias(builder, use, form, assignment.weight, emission)
-            rounded = form.simulate_input(builder.at(use.node), data, assignment.weight)
-            if rounded is not data:
-                use.node.replace_input_with(use.data_index, rounded)
+        emitter(assignment.form).simulate(builder, targets[name], assignment.weight)
     return _finish(copy)
-
-
-def _simulate_bias(builder: Builder, use: Use, form: Emitter, weight: QuantizedWeight, emission: Emission) -> None:
-    """The bias as the form adds it, for the third input of Conv and Gemm."""
-    bias = use.node.inputs[2] if len(use.node.inputs) > 2 and use.node.op_type in ("Conv", "Gemm") else None
-    if bias is None or bias.const_value is None:
-        return
-    pair = use.data.producer()
-    source = str(pair.inputs[0].name).removesuffix(".q") if pair is not None and pair.inputs[0] is not None else ""
-    act = emission.activations.get(emission.regions.groups.get(source, ""))
-    real = bias.const_value.numpy()
-    if act is not None:
-        use.node.replace_input_with(2, builder.const(form.effective_bias(real, weight, act), f"{bias.name}.effective"))
 
 
 def _prepare(model: ir.Model, emission: Emission) -> tuple[ir.Model, dict[str, Target], Builder]:
@@ -130,7 +108,7 @@ def _prepare(model: ir.Model, emission: Emission) -> tuple[ir.Model, dict[str, T
 
 def _finish(model: ir.Model) -> ir.Model:
     passes.RemoveUnusedNodesPass()(model)
-    passes.RemoveUnusedFunctionsPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass()(model)
     for function in model.functions.values():
         model.opset_imports.setdefault(function.domain, 1)
@@ -175,7 +153,7 @@ def save(model: ir.Model, path: Path) -> None:
             written = folder / name
             if written.exists():
                 _sync(written)
-                os.replace(written, path.with_name(name))
+                written.replace(path.with_name(name))
         _sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -54,24 +54,32 @@ def load_model(model: str | Path | onnx.ModelProto | ir.Model, *, opset: int = 2
         InputError: the file or its external data cannot be read or leaves the model's folder, the model is broken, a
             weight holds NaN or infinity, or an operator cannot be upgraded.
     """
-    if isinstance(model, (str, Path)):
-        source: Path | None = Path(model)
-        assert source is not None
-        opened, size, digest = _open_file(source)
-    elif isinstance(model, onnx.ModelProto):
-        source = None
-        opened, size, digest = _open_proto(model)
-    elif isinstance(model, ir.Model):
-        source = None
-        opened, size, digest = _open_ir(model)
-    else:
-        raise InputError(f"a model is a path, an onnx.ModelProto or an onnx_ir.Model, got {type(model).__name__}")
+    source = Path(model) if isinstance(model, (str, Path)) else None
     where = str(source) if source else "the model"
-    _check_versions(opened, where)
     with _quiet():
-        normalised, notes = normalize(opened, opset, where)
+        opened, size, digest = _open(source or model)
+        _check_versions(opened, where)
+        spare = opened.clone()
+        try:
+            normalised, notes = normalize(opened, opset, where)
+        except InputError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            _checks.check_schema(spare, where)  # a broken model explains itself here
+            raise
     _checks.check_weights(normalised, where)
     return LoadedModel(normalised, source, size, digest, (*notes, *_weight_notes(normalised)))
+
+
+def _open(model: object) -> tuple[ir.Model, int, str]:
+    """The model as it is, its size and its digest."""
+    if isinstance(model, Path):
+        return _open_file(model)
+    if isinstance(model, onnx.ModelProto):
+        return _open_proto(model)
+    if isinstance(model, ir.Model):
+        return _open_ir(model)
+    raise InputError(f"a model is a path, an onnx.ModelProto or an onnx_ir.Model, got {type(model).__name__}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
@@ -133,12 +134,24 @@ def _tidy(model: ir.Model) -> None:
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
         _lift,
+        _straighten,
         passes.DeduplicateHashedInitializersPass(),
         passes.RemoveUnusedNodesPass(),
         _strip,
     )
     for step in steps:
         step(model)
+
+
+def _straighten(model: ir.Model) -> None:
+    """Folding a Transpose leaves a strided array, which the deduplication cannot hash."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.Tensor):
+            array = value.const_value.numpy()
+            if not array.flags.c_contiguous:
+                value.const_value = ir.tensor(
+                    np.ascontiguousarray(array), dtype=value.const_value.dtype, name=value.name
+                )
 
 
 def name_nodes(model: ir.Model) -> None:

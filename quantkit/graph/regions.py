@@ -146,11 +146,11 @@ def find_regions(model: ir.Model, layers: Sequence[str], *, share_concat: bool =
                 bounds = clip_range(clip)
                 assert bounds is not None
                 absorbed[str(result.name)] = bounds
-            if node.op_type == "Concat" and share_concat and result is node.outputs[0]:
-                # A Relu'd input must keep a range from 0, or its Relu could not be absorbed.
-                if len({union.bounds(value, absorbed) for value in inputs}) == 1:
-                    for value in inputs:
-                        union.join(value, result)
+            joins = node.op_type == "Concat" and share_concat and result is node.outputs[0]
+            # A Relu'd input must keep a range from 0, or its Relu could not be absorbed.
+            if joins and len({union.bounds(value, absorbed) for value in inputs}) == 1:
+                for value in inputs:
+                    union.join(value, result)
         for value in [*inputs, *outputs]:
             union.add(value)
         finder.produced.update((value, node) for value in outputs)

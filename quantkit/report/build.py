@@ -75,7 +75,7 @@ def build_report(
         timings=measured.timings,
         contenders=contenders,
         unmet=tuple(_unmet(context, budget, size, average[0], measured)),
-        notes=tuple([*context.loaded.notes, *_notes(context, candidate, measured)]),
+        notes=(*context.loaded.notes, *_notes(context, candidate, measured)),
         provenance=dict(origin),
     )
 

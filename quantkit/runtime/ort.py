@@ -56,7 +56,8 @@ def _options(threads: int, optimize: bool, arena: bool) -> onnxruntime.SessionOp
     options.intra_op_num_threads = threads
     options.log_severity_level = FATAL_ONLY
     level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    # Constants are folded in both: packed weights are made to be unpacked once, at load.
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_ENABLE_BASIC
     return options
 
 
@@ -93,7 +94,7 @@ def make_session(
     Args:
         model: graph, or a file.
         threads: of one operator (0 = onnxruntime's choice).
-        optimize: False runs the graph literally, node by node.
+        optimize: False folds constants but fuses nothing: the graph runs literally, node by node.
         optimized: where onnxruntime writes the graph that it really runs.
         arena: keep freed memory for the next run (faster); without it, a run's memory is given back at once.
 

@@ -78,7 +78,8 @@ def test_external_data_stays_mapped(external: Path, run: Run) -> None:
 
 def test_relative_paths(external: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(external.parent)
-    assert load_model("model.onnx").model.graph.initializers["w"].const_value.numpy()[0, 0] == WEIGHT[0, 0]
+    tensor = load_model("model.onnx").model.graph.initializers["w"].const_value
+    assert tensor is not None and np.array_equal(tensor.numpy(), WEIGHT)
 
 
 def test_digest_sees_external_bytes(external: Path) -> None:
@@ -91,13 +92,15 @@ def test_digest_sees_external_bytes(external: Path) -> None:
 
 def serialised(model: onnx.ModelProto | ir.Model) -> bytes:
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
-    return proto.SerializeToString(deterministic=True)
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 @pytest.mark.parametrize("kind", ["proto", "ir"])
 def test_models_in_memory_are_not_changed(kind: str, linear: onnx.ModelProto, build: Build) -> None:
     node = "y = Dropout<ratio=0.1>(z) z0 = Constant<value=float[1]{1.5}>() y1 = Add(y, z0)"
-    text = LINEAR.replace("=> (float[n,32] y)", "=> (float[n,32] y1)").replace("y = MatMul(x, w)", f"z = MatMul(x, w) {node}")
+    text = LINEAR.replace("=> (float[n,32] y)", "=> (float[n,32] y1)").replace(
+        "y = MatMul(x, w)", f"z = MatMul(x, w) {node}"
+    )
     proto = build(text, {"w": WEIGHT}, opset=11)
     proto.graph.node[0].doc_string = "kept in the original"
     original = ir.from_proto(proto) if kind == "ir" else proto
@@ -214,24 +217,6 @@ def test_wrong_paths(tmp_path: Path) -> None:
     refuse(tmp_path / "empty.onnx", "empty.onnx is empty")
 
 
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (b"\x89HDF\r\n\x1a\n", r"an HDF5 file"),
-        (b"GGUF\x03\0\0\0", "a GGUF file"),
-        (b"\x80\x02}q\0.", "a Python pickle"),
-        (b"\x1f\x8b\x08\0", "a gzip archive"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
-        (b"\x14\0\0\0ORTM", "an ORT-format model"),
-        (b"\x1c\0\0\0TFL3", "a TensorFlow Lite model"),
-        (b"PK\x05\x06" + b"\0" * 18, "a zip archive"),
-    ],
-)
-def test_other_formats(content: bytes, kind: str, tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(content)
-    refuse(tmp_path / "model.onnx", f"model.onnx is {kind}.*: give an ONNX model file")
-
-
 def test_broken_files(tmp_path: Path, linear: onnx.ModelProto) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(linear.SerializeToString()[:-40])
@@ -270,7 +255,8 @@ def test_data_that_does_not_fit(external: Path, tmp_path: Path, linear: onnx.Mod
         "tensor 'w' of .* needs bytes 65 to 2113 of '.*weights.bin', which has 2112",
     )
     refuse(
-        write_external(tmp_path, linear, location="weights.bin", offset="-1"), "needs bytes -1 to 2047 of '.*weights.bin'"
+        write_external(tmp_path, linear, location="weights.bin", offset="-1"),
+        "needs bytes -1 to 2047 of '.*weights.bin'",
     )
     refuse(
         write_external(tmp_path, linear, location="weights.bin", length="1000"),
@@ -333,11 +319,16 @@ def test_broken_graphs(linear: onnx.ModelProto) -> None:
     refuse(linear, "the model is not a valid ONNX model: .*'y'")
 
 
-def test_cycles(build: Build) -> None:
-    model = build("g (float[2] x) => (float[2] y) { a = Add(x, x) y = Relu(a) }")
-    model.graph.node[0].input[1] = "y"
-    refuse(model, "the nodes of the model form a cycle")
-    refuse(ir.from_proto(model), "the nodes of the model are not in order")
+def test_values_made_twice(linear: onnx.ModelProto) -> None:
+    model = ir.from_proto(linear)
+    model.graph[0].outputs[0].name = "x"
+    refuse(model, "value 'x' of the model is made twice")
+
+
+def test_names_that_are_no_text(tmp_path: Path, linear: onnx.ModelProto) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(linear.SerializeToString().replace(b"MatMul", b"MatMu\xff"))
+    refuse(path, "model.onnx holds a name that is not UTF-8 text")
 
 
 def test_versions(linear: onnx.ModelProto) -> None:
@@ -349,15 +340,3 @@ def test_versions(linear: onnx.ModelProto) -> None:
     del linear.opset_import[:]
     linear.opset_import.add(domain="my.domain", version=1)
     refuse(linear, "the model imports no opset of the default ONNX domain")
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_are_finite(bad: float, build: Build) -> None:
-    weight = WEIGHT.copy()
-    weight[-1, -1] = bad
-    refuse(build(LINEAR, {"w": weight}), "weight 'w' of the model, read by node 'MatMul/y', holds NaN or infinity")
-
-
-def test_masks_may_be_infinite(build: Build) -> None:
-    text = "g (float[16,32] x, float[16,32] w) => (float[16,32] y) { y = Add(x, w) }"
-    assert load_model(build(text, {"w": np.full_like(WEIGHT, -np.inf)})).notes == ()

@@ -71,7 +71,7 @@ IMAGE_CASES = {
     "upsample 9 linear": (9, 's = Constant<value=float[4]{1,1,2,3}>() y = Upsample<mode="linear">(x, s)'),
     "resize linear": (10, 's = Constant<value=float[4]{1,1,2,3}>() y = Resize<mode="linear">(x, s)'),
     "resize grows": (10, 's = Constant<value=float[4]{1,1,2.5,3}>() y = Resize<mode="nearest">(x, s)'),
-    "resize shrinks": (10, 's = Constant<value=float[4]{1,1,0.4,0.7}>() y = Resize(x, s)'),
+    "resize shrinks": (10, "s = Constant<value=float[4]{1,1,0.4,0.7}>() y = Resize(x, s)"),
     "resize sizes": (
         11,
         "r = Constant<value=float[0]{}>() s = Constant<value=float[0]{}>() "
@@ -211,7 +211,7 @@ BLOCKED = {
     "Scan 'scan' has sequence lengths": (
         8,
         "g (int64[2] n, float[2,4] s0, float[2,3,4] x) => (float s1, float y) { [scan] s1, y = Scan<num_scan_inputs=1, "
-        "body = b (float[4] s, float[4] xi) => (float[4] so, float[4] yo) { so = Add(s, xi) yo = Add(s, s) }>(n, s0, x) }",
+        "body = b (float[4] s, float[4] u) => (float[4] t, float[4] v) { t = Add(s, u) v = Add(s, s) }>(n, s0, x) }",
     ),
     "Add 'add' has the attribute 'broadcast', which opset 21 does not know": (
         7,
@@ -229,7 +229,9 @@ def test_impossible_upgrades_name_the_node(message: str, build: Build) -> None:
 
 
 def test_usable_models_stay_at_their_opset(build: Build, run: Run) -> None:
-    text = "g (float[n,c,8] x, float[3] s, float[3] b) => (float y) { [gn] y = GroupNormalization<num_groups=3>(x, s, b) }"
+    text = (
+        "g (float[n,c,8] x, float[3] s, float[3] b) => (float y) { [gn] y = GroupNormalization<num_groups=3>(x, s, b) }"
+    )
     loaded = load_model(build(text, opset=18))
     assert loaded.model.opset_imports[""] == 18
     assert loaded.notes == ("kept at opset 18: GroupNormalization 'gn' reads values of unknown shape",)
@@ -248,7 +250,9 @@ def test_operator_that_is_gone(build: Build) -> None:
 
 
 def test_unknown_operators_are_not_judged(build: Build) -> None:
-    model = build("g (float[2] x) => (float y) { z = Mystery<k=1>(x) y = my.domain.Op(z) }", opset=9, domains=', "my.domain": 3')
+    model = build(
+        "g (float[2] x) => (float y) { z = Mystery<k=1>(x) y = my.domain.Op(z) }", opset=9, domains=', "my.domain": 3'
+    )
     loaded = load_model(model)
     assert [node.op_type for node in loaded.model.graph] == ["Mystery", "Op"]
     assert loaded.model.opset_imports == {"": 21, "my.domain": 3}
