@@ -22,7 +22,10 @@ from quantkit.types import AllocationProblem, Allocator, LayerPlan, Measurement,
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 TRIES = 4
-LATENCY_TIGHTENING = 0.93
+# A measured time between ROOM and 1 times the budget is near enough; corrections aim at AIM times it.
+ROOM = 0.9
+AIM = 0.96
+LARGEST_STEP = 1.6
 SLOWER = 1.05
 
 Outcome = tuple[Candidate, Plan, tuple[Contender, ...]]
@@ -140,28 +143,49 @@ def _within_latency(
     candidate: Candidate,
     contenders: list[tuple[Candidate, Measurement]],
 ) -> Candidate:
-    """Measure; tighten the forms' budget while the model is slower than asked for, and never end slower than float.
-
-    Layers are measured alone, so their sum is only a prediction of the model's time.
-    """
+    """Measure; without a latency budget, never end slower than float; with one, approach it from either side."""
     if context.held_out is None:
         return candidate
     widths = {name: option.spec.bits for name, option in candidate.chosen.items()}
-    wanted = budget.max_latency
-    asked = wanted
-    for attempt in range(TRIES):
-        figures = measure(context, candidate)
-        contenders.append((candidate, figures))
-        if figures.latency <= (SLOWER if wanted is None else wanted):
+    figures = measure(context, candidate)
+    contenders.append((candidate, figures))
+    if budget.max_latency is None:
+        if figures.latency <= SLOWER:
             return candidate
-        if wanted is None:  # slower than float without having been asked: the weight-only form of the same size
-            return _not_slower(context, calibrator, widths, candidate, figures, contenders)
-        assert asked is not None
-        asked *= LATENCY_TIGHTENING
-        label = f"{candidate.name.partition(' (')[0]} (tighter {attempt + 1})"
-        candidate = build(context, widths, calibrator, name=label, max_latency=asked)
-    contenders.append((candidate, measure(context, candidate)))
-    return min(contenders, key=lambda pair: pair[1].latency if pair[0].name.startswith("uniform") else float("inf"))[0]
+        return _not_slower(context, calibrator, widths, candidate, figures, contenders)
+    return _approach(context, budget.max_latency, calibrator, widths, contenders)
+
+
+def _approach(
+    context: Context,
+    wanted: float,
+    calibrator: str,
+    widths: Mapping[str, int],
+    contenders: list[tuple[Candidate, Measurement]],
+) -> Candidate:
+    """The most faithful of a few candidates that are fast enough, else the fastest.
+
+    Layers are measured alone, so their sum only predicts the model's time: what is asked of the prediction is
+    corrected by what was measured, until the forms no longer change.
+    """
+    candidate, figures = contenders[-1]
+    tried = [(candidate, figures)]
+    asked = wanted
+    label = candidate.name
+    for attempt in range(TRIES):
+        if ROOM * wanted <= figures.latency <= wanted:
+            break
+        asked *= min(max(AIM * wanted / figures.latency, 1 / LARGEST_STEP), LARGEST_STEP)
+        candidate = build(context, widths, calibrator, name=f"{label} ({attempt + 2})", max_latency=asked)
+        if candidate.content in {other.content for other, _ in tried}:
+            break
+        figures = measure(context, candidate)
+        tried.append((candidate, figures))
+        contenders.append((candidate, figures))
+    fitting = [pair for pair in tried if pair[1].latency <= wanted]
+    if fitting:
+        return max(fitting, key=lambda pair: pair[1].sqnr)[0]
+    return min(tried, key=lambda pair: pair[1].latency)[0]
 
 
 def _not_slower(

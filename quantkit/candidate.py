@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import onnx_ir as ir
 
 from quantkit.calibration import accumulators
@@ -30,7 +32,7 @@ from quantkit.types import (
     Target,
     WeightQuantizer,
 )
-from quantkit.verify import compare, representative_feeds, run_all
+from quantkit.verify import compare, run_all
 
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse")
 TIMING_SECONDS = 1.0
@@ -89,14 +91,16 @@ class Context:
         found = layer_cost(
             target, spec, form, rows, cache=self.cache, runtime=self.options.target, threads=self.options.threads
         )
-        return found.float_ms, found.form_ms
+        # Layers are measured at a power of two of rows and answer for the rows that the data really has.
+        real = median_rows(self.stats.get(target.name)) / rows
+        return found.float_ms * real, found.form_ms * real
 
     @cached_property
     def model_ms(self) -> float | None:
-        """Time of the float model on the largest held-out feed; remembered like the layers' times."""
+        """Time of the float model on the typical held-out feed; remembered like the layers' times."""
         if self.held_out is None:
             return None
-        feed = representative_feeds(self.held_out.feeds)[-1]
+        feed = typical_feed(self.held_out.feeds)
         parts = {"model": self.loaded.digest, "shapes": _shapes(feed), "threads": self.options.threads}
         known = self.cache.get(parts)
         if known is None:
@@ -123,6 +127,20 @@ class Candidate:
     emitted: Emitted
     content: str
     size: int
+
+
+def typical_feed(feeds: Sequence[Feed]) -> Feed:
+    """The feed of median size: what a latency budget is about."""
+    ordered = sorted(feeds, key=lambda feed: sum(value.size for value in feed.values()))
+    return ordered[len(ordered) // 2]
+
+
+def median_rows(stats: LayerStats | None) -> float:
+    """Rows of one run of a matrix product: the median over the calibration batches."""
+    if stats is None or not stats.data_shapes:
+        return 1.0
+    rows = [math.prod(shape[:-1]) for shape, count in stats.data_shapes.items() for _ in range(count)]
+    return max(float(np.median(rows)), 1.0)
 
 
 def activation_params(
@@ -226,9 +244,9 @@ def measure(context: Context, candidate: Candidate) -> Measurement:
 
 
 def relative_latency(context: Context, candidate: Candidate, session: Session) -> float:
-    """Measured beside the float model on the largest held-out feed; remembered by content, so runs repeat."""
+    """Measured beside the float model on the typical held-out feed; remembered by content, so runs repeat."""
     assert context.held_out is not None
-    feed = representative_feeds(context.held_out.feeds)[-1]
+    feed = typical_feed(context.held_out.feeds)
     parts = {
         "emitted": candidate.content,
         "model": context.loaded.digest,

@@ -141,14 +141,12 @@ class Builder:
         return self._shared[key]
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
-        """`value` takes the place of the node's first output (also as graph output, by name); the node goes away."""
+        """`value` takes the place and the name of the node's first output, also as graph output; the node goes away."""
         old = node.outputs[0]
         assert node.graph is not None
         value.shape, value.type = old.shape, old.type
-        is_output = old.is_graph_output()
-        old.replace_all_uses_with(value, replace_graph_outputs=is_output)
-        if is_output:
-            old.name, value.name = self.name(f"{old.name}.float"), old.name
+        old.replace_all_uses_with(value, replace_graph_outputs=old.is_graph_output())
+        old.name, value.name = self.name(f"{old.name}.float"), old.name
         node.graph.remove(node, safe=True)
 
 

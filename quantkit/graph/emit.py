@@ -61,21 +61,39 @@ def emitter(form: str) -> Emitter:
 
 
 @dataclass(frozen=True)
+class Edge:
+    """Where one use of a layer begins and ends, by name; the same in the emitted and the simulated graph.
+
+    Attributes:
+        data: the value that the layer reads.
+        dtype: of that value.
+        output: the value that it makes.
+    """
+
+    data: str
+    dtype: ir.DataType
+    output: str
+
+
+@dataclass(frozen=True)
 class Emitted:
     """The graph that ships.
 
     Attributes:
         model: it.
         names: target name -> names of the nodes and values that carry the layer, to find its kernel again.
+        edges: target name -> its uses in the main graph.
     """
 
     model: ir.Model
     names: Mapping[str, frozenset[str]]
+    edges: Mapping[str, tuple[Edge, ...]]
 
 
 def emit(model: ir.Model, emission: Emission) -> Emitted:
     """A copy of the model with every assigned layer in its form."""
     copy, targets, builder = _prepare(model, emission)
+    edges = {name: _edges(copy, targets[name]) for name in emission.layers}
     names: dict[str, frozenset[str]] = {}
     for name, assignment in emission.layers.items():
         target = targets[name]
@@ -86,7 +104,15 @@ def emit(model: ir.Model, emission: Emission) -> Emitted:
     for name, target in targets.items():
         if name not in emission.layers:
             names[name] = frozenset({str(use.node.name) for use in target.uses} | {str(target.weight.name)})
-    return Emitted(_finish(copy), names)
+    return Emitted(_finish(copy, model), names, edges)
+
+
+def _edges(model: ir.Model, target: Target) -> tuple[Edge, ...]:
+    return tuple(
+        Edge(str(use.data.name), use.data.dtype or ir.DataType.FLOAT, str(use.node.outputs[0].name))
+        for use in target.uses
+        if use.node.graph is model.graph
+    )
 
 
 def simulate(model: ir.Model, emission: Emission) -> ir.Model:
@@ -94,7 +120,7 @@ def simulate(model: ir.Model, emission: Emission) -> ir.Model:
     copy, targets, builder = _prepare(model, emission)
     for name, assignment in emission.layers.items():
         emitter(assignment.form).simulate(builder, targets[name], assignment.weight)
-    return _finish(copy)
+    return _finish(copy, model)
 
 
 def _prepare(model: ir.Model, emission: Emission) -> tuple[ir.Model, dict[str, Target], Builder]:
@@ -106,18 +132,29 @@ def _prepare(model: ir.Model, emission: Emission) -> tuple[ir.Model, dict[str, T
     return copy, targets, builder
 
 
-def _finish(model: ir.Model) -> ir.Model:
+def _finish(model: ir.Model, original: ir.Model) -> ir.Model:
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass()(model)
     for function in model.functions.values():
         model.opset_imports.setdefault(function.domain, 1)
-    for graph in model.graphs():
-        for node in graph:
-            for value in node.outputs:
-                if not value.is_graph_output():  # runtimes infer these again; a small model is mostly such notes
-                    value.shape, value.type = None, None
+    _drop_notes(model, original)
     return model
+
+
+def _drop_notes(model: ir.Model, original: ir.Model) -> None:
+    """Forget what runtimes infer again, and made-up names of new nodes: much of a small file is such notes."""
+    named = {node.name for graph in original.graphs() for node in graph}
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if not value.is_graph_input() and not value.is_graph_output():
+                value.shape, value.type = None, None
+        for node in graph:
+            if node.name not in named:
+                node.name = None
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape, value.type = None, None
 
 
 def file_size(path: Path) -> int:

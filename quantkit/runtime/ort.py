@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from quantkit.types import Array, Feed
 # A protobuf cannot pass 2 GiB; weights of larger graphs go to a temporary external file for the session.
 PROTOBUF_LIMIT = 1_600_000_000
 FATAL_ONLY = 4
+Optimize = Literal["all", "fold", "none"]
 
 
 class Session:
@@ -49,15 +51,15 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _options(threads: int, optimize: bool, arena: bool) -> onnxruntime.SessionOptions:
+def _options(threads: int, optimize: Optimize, arena: bool) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = arena
     options.intra_op_num_threads = threads
     options.log_severity_level = FATAL_ONLY
     level = onnxruntime.GraphOptimizationLevel
-    # Constants are folded in both: packed weights are made to be unpacked once, at load.
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_ENABLE_BASIC
+    levels = {"all": level.ORT_ENABLE_ALL, "fold": level.ORT_ENABLE_BASIC, "none": level.ORT_DISABLE_ALL}
+    options.graph_optimization_level = levels[optimize]
     return options
 
 
@@ -85,7 +87,7 @@ def make_session(
     model: ir.Model | Path,
     *,
     threads: int = 1,
-    optimize: bool = True,
+    optimize: Optimize = "all",
     optimized: Path | None = None,
     arena: bool = True,
 ) -> Session:
@@ -94,7 +96,8 @@ def make_session(
     Args:
         model: graph, or a file.
         threads: of one operator (0 = onnxruntime's choice).
-        optimize: False folds constants but fuses nothing: the graph runs literally, node by node.
+        optimize: `all` as users run it; `fold` folds constants (packed weights are unpacked once) without fusing kernels;
+            `none` runs the graph literally (even `fold` may quantize float weights that stand between pairs).
         optimized: where onnxruntime writes the graph that it really runs.
         arena: keep freed memory for the next run (faster); without it, a run's memory is given back at once.
 
