@@ -93,11 +93,21 @@ def compare(case: Case, path: Path, record: Record) -> list[Record]:
             run = opener(path)
             got = [run(feed) for feed in case.feeds[:samples]]
         except Exception as error:  # noqa: BLE001  runtimes share no base class, and what they say is the result
-            records.append(replace(made, error=" ".join(f"{type(error).__name__}: {error}".split())[:400]))
+            records.append(replace(made, error=_explained(error, opener, case)))
             continue
         accuracy = {"SQNR to onnxruntime, dB": _sqnr(wanted, got), "SQNR to float, dB": _sqnr(original, got)}
         records.append(replace(made, accuracy=accuracy, details={"samples": len(got)}))
     return records
+
+
+def _explained(error: Exception, opener: Callable[[Path], Run], case: Case) -> str:
+    """What the runtime said, and whether it says so of the float model too."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    try:
+        opener(case.model)(case.feeds[0])
+    except Exception:  # noqa: BLE001
+        return f"the float model does not run either: {text}"
+    return text
 
 
 def _sqnr(wanted: Sequence[Array], got: Sequence[Array]) -> float:

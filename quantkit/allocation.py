@@ -1,4 +1,4 @@
-"""From a budget to one candidate: calibrator, widths, forms; and from a saved plan to the same bytes again."""
+"""From a budget to one candidate: calibrator, widths, bias correction, forms."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantkit import forms
 from quantkit.budget import Budget
-from quantkit.candidate import CALIBRATION_METHODS, Candidate, Context, activation_params, assemble, build, measure
+from quantkit.candidate import CALIBRATION_METHODS, Candidate, Context, Recipe, bias_shifts, build, measure
 from quantkit.costs.size import layer_bytes
-from quantkit.errors import InputError
 from quantkit.forms import Chooser, Option, static_layers
-from quantkit.graph.emit import emitter
-from quantkit.graph.regions import find_regions
 from quantkit.methods import make
-from quantkit.plan import resolve
 from quantkit.report.progress import Progress
 from quantkit.report.types import Contender
 from quantkit.types import AllocationProblem, Allocator, LayerPlan, Measurement, Plan, QuantSpec
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 TRIES = 4
+CORRECTION_GAIN_DB = 0.3
 # A measured time between ROOM and 1 times the budget is near enough; corrections aim at AIM times it.
 ROOM = 0.9
 AIM = 0.96
@@ -35,16 +31,17 @@ def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
     """Choose a calibrator, widths and forms; the candidate that was kept, its plan, and everything measured."""
     contenders: list[tuple[Candidate, Measurement]] = []
     with progress.task("choosing the calibrator"):
-        calibrator = _calibrator(context, contenders)
+        recipe = Recipe(_calibrator(context, contenders))
     with progress.task("allocating bits"):
-        candidate = _within_size(context, budget, calibrator)
-        candidate = _within_latency(context, budget, calibrator, candidate, contenders)
+        candidate = _within_size(context, budget, recipe)
+        candidate, recipe = _corrected(context, budget, recipe, candidate, contenders)
+        candidate = _within_latency(context, budget, recipe, candidate, contenders)
     last = max((index for index, row in enumerate(contenders) if row[0] is candidate), default=-1)
     rows = tuple(
         Contender(other.name, other.size, figures.sqnr, figures.latency, index == last)
         for index, (other, figures) in enumerate(contenders)
     )
-    return candidate, _plan(context, candidate, calibrator), rows
+    return candidate, _plan(context, candidate, recipe), rows
 
 
 def _widths(specs: Mapping[str, QuantSpec]) -> dict[str, int]:
@@ -60,7 +57,7 @@ def _calibrator(context: Context, contenders: list[tuple[Candidate, Measurement]
     widths = dict.fromkeys(context.targets, 8)
     best, best_sqnr = "minmax", -float("inf")
     for method in CALIBRATION_METHODS:
-        candidate = build(context, widths, method, name=f"8 bits, {method}")
+        candidate = build(context, widths, Recipe(method), name=f"8 bits, {method}")
         found = measure(context, candidate)
         contenders.append((candidate, found))
         if found.sqnr > best_sqnr:
@@ -68,19 +65,17 @@ def _calibrator(context: Context, contenders: list[tuple[Candidate, Measurement]
     return best
 
 
-def _problem(context: Context, budget: Budget, calibrator: str, overshoot: int) -> AllocationProblem:
+def _problem(context: Context, budget: Budget, recipe: Recipe, overshoot: int) -> AllocationProblem:
     targets = context.targets
     floats = sum(4 * target.shape[0] * target.shape[1] for target in targets.values())
-    chooser = _sizing_chooser(context)
+    chooser = sizing_chooser(context)
 
     def specs(name: str) -> tuple[QuantSpec, ...]:
         widths = sorted(context.options.bits or DEFAULT_WIDTHS, reverse=True)
         return tuple(chooser.spec(targets[name], bits, _sizing_form(chooser, name, context)) for bits in widths)
 
     def evaluate(chosen: Mapping[str, QuantSpec]) -> Measurement:
-        return measure(
-            context, build(context, _widths(chosen), calibrator, name="trial", max_latency=budget.max_latency)
-        )
+        return measure(context, build(context, _widths(chosen), recipe, name="trial", max_latency=budget.max_latency))
 
     return AllocationProblem(
         targets=targets,
@@ -95,7 +90,7 @@ def _problem(context: Context, budget: Budget, calibrator: str, overshoot: int) 
     )
 
 
-def _sizing_chooser(context: Context) -> Chooser:
+def sizing_chooser(context: Context) -> Chooser:
     static = static_layers(context.loaded.model, context.targets, context.options.target, context.options.activations)
     return Chooser(
         runtime=context.options.target,
@@ -116,7 +111,7 @@ def _sizing_form(chooser: Chooser, name: str, context: Context) -> str:
     return "gather" if context.targets[name].op == "Gather" else "packed"
 
 
-def _within_size(context: Context, budget: Budget, calibrator: str) -> Candidate:
+def _within_size(context: Context, budget: Budget, recipe: Recipe) -> Candidate:
     """Allocate on estimated sizes; when the real file is larger than the budget, allocate again with the difference."""
     name = "uniform" if context.options.allocator == "auto" else context.options.allocator
     settings = {
@@ -126,20 +121,39 @@ def _within_size(context: Context, budget: Budget, calibrator: str) -> Candidate
     limit = budget.max_bytes(context.loaded.size)
     overshoot = 0
     for _ in range(TRIES):
-        problem = _problem(context, budget, calibrator, overshoot)
+        problem = _problem(context, budget, recipe, overshoot)
         widths = _widths(allocator.allocate(problem))
         label = f"{name} {'/'.join(str(bits) for bits in sorted(set(widths.values())))}"
-        candidate = build(context, widths, calibrator, name=label, max_latency=budget.max_latency)
+        candidate = build(context, widths, recipe, name=label, max_latency=budget.max_latency)
         if limit is None or candidate.size <= limit:
             return candidate
         overshoot += candidate.size - limit
     return candidate
 
 
+def _corrected(
+    context: Context,
+    budget: Budget,
+    recipe: Recipe,
+    candidate: Candidate,
+    contenders: list[tuple[Candidate, Measurement]],
+) -> tuple[Candidate, Recipe]:
+    """With bias correction where that measurably helps on held-out samples."""
+    if context.held_out is None or not bias_shifts(context, candidate.emission.layers):
+        return candidate, recipe
+    widths = {name: option.spec.bits for name, option in candidate.chosen.items()}
+    corrected = replace(recipe, bias_correction=True)
+    label = f"{candidate.name}, bias corrected"
+    other = build(context, widths, corrected, name=label, max_latency=budget.max_latency)
+    before, after = measure(context, candidate), measure(context, other)
+    contenders.extend([(candidate, before), (other, after)])
+    return (other, corrected) if after.sqnr > before.sqnr + CORRECTION_GAIN_DB else (candidate, recipe)
+
+
 def _within_latency(
     context: Context,
     budget: Budget,
-    calibrator: str,
+    recipe: Recipe,
     candidate: Candidate,
     contenders: list[tuple[Candidate, Measurement]],
 ) -> Candidate:
@@ -148,19 +162,20 @@ def _within_latency(
         return candidate
     widths = {name: option.spec.bits for name, option in candidate.chosen.items()}
     figures = measure(context, candidate)
-    contenders.append((candidate, figures))
+    if all(other is not candidate for other, _ in contenders):
+        contenders.append((candidate, figures))
     if budget.max_latency is None:
         if figures.latency <= SLOWER:
             return candidate
-        return _not_slower(context, calibrator, widths, candidate, figures, contenders)
-    return _approach(context, budget.max_latency, calibrator, widths, contenders)
+        return _not_slower(context, recipe, widths, candidate, figures, contenders)
+    return _approach(context, budget.max_latency, recipe, (candidate, figures), contenders)
 
 
 def _approach(
     context: Context,
     wanted: float,
-    calibrator: str,
-    widths: Mapping[str, int],
+    recipe: Recipe,
+    start: tuple[Candidate, Measurement],
     contenders: list[tuple[Candidate, Measurement]],
 ) -> Candidate:
     """The most faithful of a few candidates that are fast enough, else the fastest.
@@ -168,7 +183,8 @@ def _approach(
     Layers are measured alone, so their sum only predicts the model's time: what is asked of the prediction is
     corrected by what was measured, until the forms no longer change.
     """
-    candidate, figures = contenders[-1]
+    candidate, figures = start
+    widths = {name: option.spec.bits for name, option in candidate.chosen.items()}
     tried = [(candidate, figures)]
     asked = wanted
     label = candidate.name
@@ -176,7 +192,7 @@ def _approach(
         if ROOM * wanted <= figures.latency <= wanted:
             break
         asked *= min(max(AIM * wanted / figures.latency, 1 / LARGEST_STEP), LARGEST_STEP)
-        candidate = build(context, widths, calibrator, name=f"{label} ({attempt + 2})", max_latency=asked)
+        candidate = build(context, widths, recipe, name=f"{label} ({attempt + 2})", max_latency=asked)
         if candidate.content in {other.content for other, _ in tried}:
             break
         figures = measure(context, candidate)
@@ -190,7 +206,7 @@ def _approach(
 
 def _not_slower(
     context: Context,
-    calibrator: str,
+    recipe: Recipe,
     widths: Mapping[str, int],
     candidate: Candidate,
     figures: Measurement,
@@ -198,13 +214,13 @@ def _not_slower(
 ) -> Candidate:
     if context.options.activations == "8":
         return candidate
-    other = build(context, widths, calibrator, name=f"{candidate.name}, weights only", integer="none")
+    other = build(context, widths, recipe, name=f"{candidate.name}, weights only", integer="none")
     measured = measure(context, other)
     contenders.append((other, measured))
     return other if measured.latency < figures.latency else candidate
 
 
-def _plan(context: Context, candidate: Candidate, calibrator: str) -> Plan:
+def _plan(context: Context, candidate: Candidate, recipe: Recipe) -> Plan:
     layers = {
         name: LayerPlan(option.spec, option.form, _reason(context, option)) for name, option in candidate.chosen.items()
     }
@@ -212,7 +228,9 @@ def _plan(context: Context, candidate: Candidate, calibrator: str) -> Plan:
     settings: dict[str, Any] = {
         "allocator": "uniform" if options.allocator == "auto" else options.allocator,
         "quantizer": "mse" if options.quantizer == "auto" else options.quantizer,
-        "calibrator": calibrator,
+        "calibrator": recipe.calibrator,
+        "bias_correction": recipe.bias_correction,
+        "calibrated": context.held_out is not None,
         "target": options.target,
         "seed": options.seed,
         **dict(sorted(options.settings.items())),
@@ -235,58 +253,3 @@ def _reason(context: Context, option: Option) -> str:
     }
     del context
     return f"{kinds.get(option.form, option.form)}; {times}"
-
-
-def apply_plan(context: Context, plan: Plan) -> Outcome:
-    """The candidate that a plan describes; forms left at `auto` are chosen, missing ranges are calibrated.
-
-    Raises:
-        InputError: a rule asks for something impossible, or ranges are missing and there is no calibration data.
-    """
-    resolved = resolve(plan.layers, {name: target.op for name, target in context.targets.items()})
-    calibrator = str(plan.settings.get("calibrator", "minmax"))
-    model = context.loaded.model
-    static = {
-        name: [str(use.node.name) for use in context.targets[name].uses]
-        for name, layer in resolved.items()
-        if layer.spec is not None and layer.form == "qdq"
-    }
-    regions = find_regions(model, [node for nodes in static.values() for node in nodes])
-    missing = [group for group in dict.fromkeys(regions.groups.values()) if group not in plan.activations]
-    params = {group: act for group, act in plan.activations.items() if group in set(regions.groups.values())}
-    if missing:
-        if not set(missing) <= set(context.histograms):
-            raise InputError(
-                f"the plan has no activation range for {missing[0]!r} and {len(missing) - 1} more; give --calib"
-            )
-        calibrated = activation_params(regions, context.histograms, calibrator)
-        params.update({group: calibrated[group] for group in missing})
-    inputs = {name: params[regions.groups[str(context.targets[name].uses[0].data.name)]] for name in static}
-    chooser = replace(_sizing_chooser(context), static=frozenset(static), activation_of=inputs)
-    chosen = {}
-    for name, layer in resolved.items():
-        if layer.spec is not None:
-            chosen[name] = _planned_option(context, chooser, name, layer)
-    candidate = assemble(context, chosen, regions, params, "plan")
-    figures = measure(context, candidate)
-    row = Contender("plan", candidate.size, figures.sqnr, figures.latency, True)
-    layers = {
-        name: LayerPlan(chosen[name].spec, chosen[name].form, layer.reason) if name in chosen else layer
-        for name, layer in resolved.items()
-    }
-    return candidate, Plan(layers, params, plan.settings), (row,) if context.held_out is not None else ()
-
-
-def _planned_option(context: Context, chooser: Chooser, name: str, layer: LayerPlan) -> Option:
-    target, spec = context.targets[name], layer.spec
-    assert spec is not None
-    if layer.form in (None, "auto"):
-        allowed = chooser.options(target, spec.bits)
-        return forms.choose_forms({name: allowed}, model_ms=None, max_latency=None)[name]
-    assert layer.form is not None
-    refusal = emitter(layer.form).refuse(target, spec, context.options.target)
-    if refusal is not None:
-        raise InputError(f"the plan asks for the form {layer.form} at {name}, which is impossible: {refusal}")
-    if layer.form == "qdq" and name not in chooser.activation_of:
-        raise InputError(f"the plan asks for the form qdq at {name}, which lies outside the integer path")
-    return Option(layer.form, spec, chooser.noise(target, spec, layer.form), 0.0, 0.0)

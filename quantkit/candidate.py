@@ -16,7 +16,8 @@ from quantkit.calibration.accumulators import Distribution
 from quantkit.costs.latency import LatencyCache, layer_cost
 from quantkit.evaluation import Evaluation
 from quantkit.forms import Chooser, Option, choose_forms, static_layers
-from quantkit.graph.emit import Assignment, Emission, Emitted, emit
+from quantkit.graph.bias import bias_shift, correctable
+from quantkit.graph.emit import Assignment, Emission, Emitted, emit, emitter
 from quantkit.graph.load import LoadedModel
 from quantkit.graph.regions import Regions, find_regions
 from quantkit.options import Options
@@ -25,6 +26,7 @@ from quantkit.types import (
     ActParams,
     Array,
     Feed,
+    FloatArray,
     LayerStats,
     Measurement,
     QuantizedWeight,
@@ -156,10 +158,23 @@ def activation_params(
     return params
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a run decides before widths and forms.
+
+    Attributes:
+        calibrator: how ranges are taken from histograms.
+        bias_correction: shift biases by what rounding does to the outputs' means.
+    """
+
+    calibrator: str
+    bias_correction: bool = False
+
+
 def build(
     context: Context,
     widths: Mapping[str, int],
-    activations: Mapping[str, ActParams] | str,
+    recipe: Recipe,
     *,
     name: str,
     max_latency: float | None = None,
@@ -169,7 +184,7 @@ def build(
 
     Args:
         widths: target name -> bits; absent targets stay float.
-        activations: group -> parameters, or the calibrator that makes them.
+        recipe: calibrator and bias correction.
         integer: overrides the run's `activations` option.
     """
     options = context.options
@@ -178,9 +193,7 @@ def build(
     model = context.loaded.model
     static = static_layers(model, targets, options.target, mode) if context.histograms else {}
     regions = find_regions(model, [node for nodes in static.values() for node in nodes])
-    params = (
-        activation_params(regions, context.histograms, activations) if isinstance(activations, str) else activations
-    )
+    params = activation_params(regions, context.histograms, recipe.calibrator)
     inputs = {key: params[regions.groups[str(targets[key].uses[0].data.name)]] for key in static}
     chooser = Chooser(
         runtime=options.target,
@@ -194,7 +207,7 @@ def build(
     )
     choices = {key: chooser.options(target, widths[key]) for key, target in targets.items()}
     chosen = choose_forms(choices, model_ms=context.model_ms, max_latency=max_latency)
-    return assemble(context, chosen, regions, params, name)
+    return assemble(context, chosen, regions, params, name, recipe.bias_correction)
 
 
 def assemble(
@@ -203,16 +216,29 @@ def assemble(
     regions: Regions,
     params: Mapping[str, ActParams],
     name: str,
+    bias_correction: bool,
 ) -> Candidate:
     """Quantize and emit what was chosen."""
     layers = {
         key: Assignment(option.form, context.quantize(context.targets[key], option.spec))
         for key, option in chosen.items()
     }
-    emission = Emission(layers, regions, dict(params), context.options.target)
+    shifts = bias_shifts(context, layers) if bias_correction else {}
+    emission = Emission(layers, regions, dict(params), context.options.target, shifts)
     emitted = emit(context.loaded.model, emission)
     content = _digest(emitted.model)
     return Candidate(name, chosen, emission, emitted, content[0], content[1])
+
+
+def bias_shifts(context: Context, layers: Mapping[str, Assignment]) -> dict[str, FloatArray]:
+    """Target name -> what bias correction adds, for every layer that has room for it."""
+    shifts = {}
+    for name, assignment in layers.items():
+        target, stats = context.targets[name], context.stats.get(name)
+        if stats is not None and stats.mean is not None and correctable(target):
+            effective = emitter(assignment.form).effective_weight(assignment.weight)
+            shifts[name] = bias_shift(target.load(), effective, stats.mean)
+    return shifts
 
 
 def _digest(model: ir.Model) -> tuple[str, int]:

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from quantkit import forms
-from quantkit.allocation import allocate, apply_plan
+from quantkit.allocation import allocate
 from quantkit.budget import Budget
 from quantkit.calibration.collector import Collected, Request, Settings, collect
 from quantkit.calibration.data import CalibrationData, random_calibration
@@ -29,6 +29,7 @@ from quantkit.methods import make
 from quantkit.options import Options, make_options
 from quantkit.parity import check_layers
 from quantkit.plan import plan_to_json
+from quantkit.planned import apply_plan
 from quantkit.provenance import provenance
 from quantkit.report.build import Measured, build_report
 from quantkit.report.progress import Progress, SilentProgress
@@ -39,7 +40,7 @@ from quantkit.verify import check_parity, compare, measure_timings, open_data, r
 
 HOLDOUT_SHARE = 0.2
 HOLDOUT_SAMPLES = 64
-ERROR_STATS = frozenset({"rows"})
+ERROR_STATS = frozenset({"rows", "mean"})
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from quantkit.emitters._builder import Builder
+from quantkit.graph.bias import shift_biases
 from quantkit.graph.regions import Regions, insert_pairs
 from quantkit.graph.targets import find_targets
 from quantkit.methods import make
 from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
-from quantkit.types import ActParams, Emitter, QuantizedWeight, Target
+from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, Target
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Emission:
         regions: the integer part of the graph, for the layers of the form `qdq`.
         activations: group name -> scale and zero point.
         runtime: `ort-cpu` or `portable`.
+        bias_shifts: target name -> [N] added to its bias (bias correction).
     """
 
     layers: Mapping[str, Assignment]
     regions: Regions
     activations: Mapping[str, ActParams]
     runtime: str
+    bias_shifts: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 def emitter(form: str) -> Emitter:
@@ -127,6 +130,7 @@ def _prepare(model: ir.Model, emission: Emission) -> tuple[ir.Model, dict[str, T
     copy = model.clone()
     targets, _ = find_targets(copy)
     builder = Builder(copy, emission.runtime)
+    shift_biases(targets, emission.bias_shifts, builder.const)
     if emission.regions.groups:
         insert_pairs(copy, emission.regions, emission.activations, builder.const)
     return copy, targets, builder

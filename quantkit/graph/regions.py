@@ -7,24 +7,16 @@ stands in the way; Relu and Clip in front of a pair vanish into its range. Every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from quantkit.types import ActParams
+from quantkit.graph._integer import arithmetic_inputs, clip_range, is_code_operator
+from quantkit.graph._pairs import insert_pairs
 
-# These only move or pick elements: they run on the uint8 codes, and share one scale from end to end.
-CODE_OPERATORS = frozenset(
-    {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad", "Split", "Resize"}
-    | {"DepthToSpace", "SpaceToDepth", "Identity"}
-)
-# onnxruntime has integer kernels for these when all inputs and the output are quantized.
-ARITHMETIC_OPERATORS = frozenset(
-    {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "Softmax"}
-)
-CLIPPING_OPERATORS = frozenset({"Relu", "Clip"})
+__all__ = ["Regions", "find_regions", "insert_pairs"]
 
 
 @dataclass(frozen=True)
@@ -65,19 +57,27 @@ class _Finder:
         self.layers = frozenset(layers)
         self.wanted: dict[ir.Value, bool] = {}
         self.produced: dict[ir.Value, ir.Node] = {}
+        self.union = _Union()
+        self.absorbed: dict[str, tuple[float, float]] = {}
 
     def is_layer(self, node: ir.Node) -> bool:
         return node.name in self.layers
 
+    def clips(self, value: ir.Value) -> list[ir.Node]:
+        """The Relu/Clip nodes behind `value`, as long as each is the only reader of what comes before it."""
+        found: list[ir.Node] = []
+        while _read_once(value):
+            ((node, index),) = value.uses()
+            if index != 0 or node.graph is not self.graph or clip_range(node) is None:
+                break
+            found.append(node)
+            value = node.outputs[0]
+        return found
+
     def absorb(self, value: ir.Value) -> ir.Value:
-        """The value after a Relu/Clip that is `value`'s only reader, else `value` itself."""
-        readers = list(value.uses())
-        if len(readers) != 1 or value.is_graph_output():
-            return value
-        node, index = readers[0]
-        if node.op_type in CLIPPING_OPERATORS and index == 0 and clip_range(node) is not None:
-            return node.outputs[0]
-        return value
+        """The value behind the Relu/Clip nodes that follow, or `value` itself."""
+        clips = self.clips(value)
+        return clips[-1].outputs[0] if clips else value
 
     def wants(self, value: ir.Value) -> bool:
         """True when somebody downstream computes on this value as an integer."""
@@ -91,25 +91,67 @@ class _Finder:
             return False
         if self.is_layer(node):
             return index == 0
-        if node.op_type in CODE_OPERATORS:
-            return index == 0 and code_operator(node) and any(self.wants(out) for out in node.outputs)
-        if node.op_type in ARITHMETIC_OPERATORS:
-            return arithmetic_inputs(node) is not None and self.wants(self.absorb(node.outputs[0]))
-        return False
+        if is_code_operator(node):
+            return index == 0 and self._results_wanted(node)
+        return arithmetic_inputs(node) is not None and self._results_wanted(node)
+
+    def _results_wanted(self, node: ir.Node) -> bool:
+        return any(self.wants(self.absorb(value)) for value in node.outputs)
 
     def integer(self, node: ir.Node) -> bool:
         """Does this node compute on integers, given what is known of its inputs?"""
         if self.is_layer(node):
             return True
-        if node.op_type in CODE_OPERATORS:
-            source = node.inputs[0]
-            return code_operator(node) and source in self.produced and any(self.wants(out) for out in node.outputs)
-        if node.op_type in ARITHMETIC_OPERATORS:
-            inputs = arithmetic_inputs(node)
-            if inputs is None or not any(value in self.produced for value in inputs):
-                return False
-            return self.wants(self.absorb(node.outputs[0]))
-        return False
+        return any(value in self.produced for value in self.inputs(node)) and self._results_wanted(node)
+
+    def inputs(self, node: ir.Node) -> list[ir.Value]:
+        """The values that the node reads as integers when it computes on them; empty when it cannot."""
+        if self.is_layer(node) or is_code_operator(node):
+            return [value for value in node.inputs[:1] if value is not None]
+        return arithmetic_inputs(node) or []
+
+    def move(self, node: ir.Node) -> list[ir.Value]:
+        """A code operator: its results share the source's grid. A Relu behind it may as well stand in front of it."""
+        ((source, *_), results) = (self.inputs(node), list(node.outputs))
+        if len(results) == 1 and all(_read_once(value) for value in self.union.members(source)):
+            results = [self._take_clips(results[0])]
+        for value in results:
+            self.union.join(source, value)
+        return results
+
+    def compute(self, node: ir.Node, share_concat: bool) -> list[ir.Value]:
+        """A layer or arithmetic: its result gets a grid of its own, or that of a Concat's inputs."""
+        result = self.absorb(node.outputs[0])
+        if self.is_layer(node) and node.op_type != "Conv" and not self.wants(result):
+            return []
+        plain = result is node.outputs[0]
+        result = self._take_clips(node.outputs[0])
+        inputs = self.inputs(node)
+        # A Relu'd input must keep a range from 0, or its Relu could not be absorbed.
+        if node.op_type == "Concat" and share_concat and plain and len({self._bounds(value) for value in inputs}) == 1:
+            for value in inputs:
+                self.union.join(value, result)
+        return [result]
+
+    def _take_clips(self, value: ir.Value) -> ir.Value:
+        """Absorb the Relu/Clip nodes behind `value`; returns what is left of them."""
+        low, high = -np.inf, np.inf
+        for clip in self.clips(value):
+            bounds = clip_range(clip)
+            assert bounds is not None
+            low, high = max(low, bounds[0]), min(high, bounds[1])
+            value = clip.outputs[0]
+            self.absorbed[str(value.name)] = (low, high)
+        return value
+
+    def _bounds(self, value: ir.Value) -> tuple[float, float]:
+        """What the absorbed Relu/Clip of the value's group allow."""
+        found = [self.absorbed[str(other.name)] for other in self.union.members(value) if other.name in self.absorbed]
+        return max((low for low, _ in found), default=-np.inf), min((high for _, high in found), default=np.inf)
+
+
+def _read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def find_regions(model: ir.Model, layers: Sequence[str], *, share_concat: bool = True) -> Regions:
@@ -121,50 +163,25 @@ def find_regions(model: ir.Model, layers: Sequence[str], *, share_concat: bool =
         share_concat: give the inputs of a Concat its output's scale, so that it is a plain copy.
     """
     finder = _Finder(model, layers)
-    union = _Union()
-    absorbed: dict[str, tuple[float, float]] = {}
     code_nodes: set[str] = set()
     integer_nodes: set[str] = set()
     produced: set[str] = set()
     for node in model.graph:
         if not finder.integer(node):
             continue
-        inputs = _quantized_inputs(node, finder)
-        if node.op_type in CODE_OPERATORS and not finder.is_layer(node):
+        inputs = finder.inputs(node)
+        if is_code_operator(node) and not finder.is_layer(node):
             code_nodes.add(str(node.name))
-            outputs = list(node.outputs)
-            for value in outputs:
-                union.join(inputs[0], value)
+            outputs = finder.move(node)
         else:
             integer_nodes.add(str(node.name))
-            result = finder.absorb(node.outputs[0])
-            keep_float = finder.is_layer(node) and node.op_type != "Conv" and not finder.wants(result)
-            outputs = [] if keep_float else [result]
-            if outputs and result is not node.outputs[0]:
-                clip = result.producer()
-                assert clip is not None
-                bounds = clip_range(clip)
-                assert bounds is not None
-                absorbed[str(result.name)] = bounds
-            joins = node.op_type == "Concat" and share_concat and result is node.outputs[0]
-            # A Relu'd input must keep a range from 0, or its Relu could not be absorbed.
-            if joins and len({union.bounds(value, absorbed) for value in inputs}) == 1:
-                for value in inputs:
-                    union.join(value, result)
+            outputs = finder.compute(node, share_concat)
         for value in [*inputs, *outputs]:
-            union.add(value)
+            finder.union.add(value)
         finder.produced.update((value, node) for value in outputs)
         produced.update(str(value.name) for value in outputs)
-    groups = {str(value.name): str(union.root(value).name) for value in union.order}
-    return Regions(groups, frozenset(produced), absorbed, frozenset(code_nodes), frozenset(integer_nodes))
-
-
-def _quantized_inputs(node: ir.Node, finder: _Finder) -> list[ir.Value]:
-    if not finder.is_layer(node) and node.op_type in ARITHMETIC_OPERATORS:
-        return arithmetic_inputs(node) or []
-    value = node.inputs[0]
-    assert value is not None
-    return [value]
+    groups = {str(value.name): str(finder.union.root(value).name) for value in finder.union.parent}
+    return Regions(groups, frozenset(produced), finder.absorbed, frozenset(code_nodes), frozenset(integer_nodes))
 
 
 class _Union:
@@ -172,10 +189,6 @@ class _Union:
 
     def __init__(self) -> None:
         self.parent: dict[ir.Value, ir.Value] = {}
-
-    @property
-    def order(self) -> list[ir.Value]:
-        return list(self.parent)
 
     def add(self, value: ir.Value) -> None:
         self.parent.setdefault(value, value)
@@ -186,186 +199,9 @@ class _Union:
             value = self.parent[value]
         return value
 
-    def bounds(self, value: ir.Value, absorbed: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
-        """What the absorbed Relu/Clip of the value's group allow, or None."""
+    def members(self, value: ir.Value) -> list[ir.Value]:
         root = self.root(value)
-        found = {
-            absorbed[str(other.name)] for other in self.parent if self.root(other) is root and other.name in absorbed
-        }
-        return min(found, key=lambda pair: pair[1]) if found else None
+        return [other for other in self.parent if self.root(other) is root]
 
     def join(self, first: ir.Value, second: ir.Value) -> None:
         self.parent[self.root(second)] = self.root(first)
-
-
-def arithmetic_inputs(node: ir.Node) -> list[ir.Value] | None:
-    """The activations of an arithmetic operator, or None when a constant among them keeps it float."""
-    inputs = [value for value in node.inputs if value is not None]
-    if any(value.const_value is not None for value in inputs):
-        return None
-    return inputs
-
-
-def code_operator(node: ir.Node) -> bool:
-    """Can this shape operator run on uint8 codes just as on floats?"""
-    if node.op_type == "MaxPool":
-        return len(node.outputs) == 1
-    if node.op_type == "Resize":
-        mode = node.attributes.get("mode")
-        return mode is None or mode.as_string() == "nearest"
-    if node.op_type == "Pad":
-        mode = node.attributes.get("mode")
-        fill = node.inputs[2] if len(node.inputs) > 2 else None
-        is_constant = mode is None or mode.as_string() == "constant"
-        return is_constant and (fill is None or (fill.const_value is not None and not np.any(fill.const_value.numpy())))
-    return True
-
-
-def clip_range(node: ir.Node) -> tuple[float, float] | None:
-    """(low, high) of a Relu or a Clip with constant bounds that contain 0 at an end, else None.
-
-    Only a bound at 0 (Relu, Clip(0, 6)) falls on the grid exactly; other Clips stay in the graph.
-    """
-    if node.op_type == "Relu":
-        return 0.0, float("inf")
-    bounds = []
-    for index, missing in ((1, -np.inf), (2, np.inf)):
-        value = node.inputs[index] if len(node.inputs) > index else None
-        if value is None:
-            bounds.append(missing)
-        elif value.const_value is None:
-            return None
-        else:
-            bounds.append(float(value.const_value.numpy()))
-    return (bounds[0], bounds[1]) if bounds[0] == 0.0 and bounds[1] > 0.0 else None
-
-
-def insert_pairs(
-    model: ir.Model, regions: Regions, params: Mapping[str, ActParams], constant: Callable[[np.ndarray, str], ir.Value]
-) -> None:
-    """Write QuantizeLinear/DequantizeLinear for every value of the regions, in place.
-
-    Args:
-        model: the graph that `regions` was found on, or a clone of it.
-        regions: see find_regions.
-        params: group name -> scale and zero point.
-        constant: makes (and shares) initializers.
-    """
-    graph = model.graph
-    nodes = {str(node.name): node for node in graph}
-    outputs = {str(value.name): value for node in graph for value in node.outputs}
-    for name in regions.absorbed:
-        _remove_clip(outputs[name])
-    values = {str(value.name): value for value in graph.inputs}
-    values |= {str(value.name): value for node in graph for value in node.outputs}
-    codes: dict[str, ir.Value] = {}
-    for name, group in regions.groups.items():
-        act = params[group]
-        scale = constant(np.array(act.scale, np.float32), f"{group}.scale")
-        zero = constant(np.array(act.zero_point, np.uint8), f"{group}.zero_point")
-        value = values[name]
-        producer = value.producer()
-        if producer is not None and str(producer.name) in regions.code_nodes:
-            _dequantize_codes(value, scale, zero, codes)
-        else:
-            _quantize_value(model, value, scale, zero, regions, codes)
-    for name in regions.code_nodes:
-        node = nodes[name]
-        source = node.inputs[0]
-        assert source is not None
-        pair = source.producer()
-        assert pair is not None and pair.op_type == "DequantizeLinear"
-        node.replace_input_with(0, pair.inputs[0])
-        if node.op_type == "Pad":
-            _pad_with_zero_point(node, pair.inputs[2])
-
-
-def _remove_clip(value: ir.Value) -> None:
-    """Give the Relu/Clip's output name to its input and drop the node: the following range clips."""
-    node = value.producer()
-    assert node is not None and node.graph is not None
-    source = node.inputs[0]
-    assert source is not None and source.producer() is not None
-    producer = source.producer()
-    assert producer is not None
-    name, index = value.name, producer.outputs.index(source)
-    assert index == 0
-    is_output = value.is_graph_output()
-    value.replace_all_uses_with(source, replace_graph_outputs=is_output)
-    node.graph.remove(node, safe=True)
-    value.name = f"{name}.clipped"
-    source.name = name
-
-
-def _is_integer_reader(node: ir.Node, index: int, regions: Regions) -> bool:
-    name = str(node.name)
-    if name in regions.code_nodes:
-        return index == 0
-    if name not in regions.integer_nodes:
-        return False
-    return index == 0 or node.op_type in ARITHMETIC_OPERATORS
-
-
-def _quantize_value(
-    model: ir.Model, value: ir.Value, scale: ir.Value, zero: ir.Value, regions: Regions, codes: dict[str, ir.Value]
-) -> None:
-    """value -> QuantizeLinear -> DequantizeLinear; readers move over (all of them if integers made the value)."""
-    everybody = value.name in regions.produced
-    readers = [use for use in value.uses() if everybody or _is_integer_reader(use[0], use[1], regions)]
-    quantize = ir.node("QuantizeLinear", [value, scale, zero])
-    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
-    quantize.outputs[0].name, dequantize.outputs[0].name = f"{value.name}.q", f"{value.name}.dq"
-    dequantize.outputs[0].shape, dequantize.outputs[0].type = value.shape, value.type
-    producer = value.producer()
-    if producer is None:
-        model.graph.insert_before(model.graph[0], [quantize, dequantize])
-    else:
-        model.graph.insert_after(producer, [quantize, dequantize])
-    for node, index in readers:
-        node.replace_input_with(index, dequantize.outputs[0])
-    if everybody and value.is_graph_output():
-        position = list(model.graph.outputs).index(value)
-        model.graph.outputs[position] = dequantize.outputs[0]
-        name = value.name
-        value.name = f"{name}.float"
-        dequantize.outputs[0].name = name
-    codes[str(value.name)] = quantize.outputs[0]
-
-
-def _dequantize_codes(value: ir.Value, scale: ir.Value, zero: ir.Value, codes: dict[str, ir.Value]) -> None:
-    """The output of a shape operator that now yields codes: readers see it dequantized."""
-    producer = value.producer()
-    assert producer is not None and producer.graph is not None
-    dequantize = ir.node("DequantizeLinear", [value, scale, zero])
-    real = dequantize.outputs[0]
-    readers = list(value.uses())
-    readers = [use for use in readers if use[0] is not dequantize]
-    producer.graph.insert_after(producer, dequantize)
-    real.shape, real.type = value.shape, value.type
-    for node, index in readers:
-        node.replace_input_with(index, real)
-    name = str(value.name)
-    if value.is_graph_output():
-        outputs = producer.graph.outputs
-        outputs[list(outputs).index(value)] = real
-        real.name, value.name = name, f"{name}.q"
-    else:
-        real.name, value.name = f"{name}.dq", f"{name}.q"
-    value.type = ir.TensorType(ir.DataType.UINT8)
-    codes[name] = value
-
-
-def _pad_with_zero_point(node: ir.Node, zero: ir.Value | None) -> None:
-    """Padding with real 0 is padding with the code of 0."""
-    if len(node.inputs) > 2:
-        node.replace_input_with(2, zero)
-        return
-    replaced = ir.node("Pad", [*node.inputs, zero], dict(node.attributes), outputs=None, num_outputs=1, name=node.name)
-    old, new = node.outputs[0], replaced.outputs[0]
-    assert node.graph is not None
-    node.graph.insert_before(node, replaced)
-    new.shape, new.type = old.shape, old.type
-    name = old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=old.is_graph_output())
-    node.graph.remove(node, safe=True)
-    old.name, new.name = f"{name}.old", name

@@ -96,7 +96,7 @@ def make_session(
     Args:
         model: graph, or a file.
         threads: of one operator (0 = onnxruntime's choice).
-        optimize: `all` as users run it; `fold` folds constants (packed weights are unpacked once) without fusing kernels;
+        optimize: `all` as users run it; `fold` folds constants (packed weights are unpacked once) and fuses nothing;
             `none` runs the graph literally (even `fold` may quantize float weights that stand between pairs).
         optimized: where onnxruntime writes the graph that it really runs.
         arena: keep freed memory for the next run (faster); without it, a run's memory is given back at once.
