@@ -65,9 +65,8 @@ def _calibrator(context: Context, contenders: list[tuple[Candidate, Measurement]
     return best
 
 
-def _problem(context: Context, budget: Budget, recipe: Recipe, overshoot: int) -> AllocationProblem:
+def _problem(context: Context, budget: Budget, recipe: Recipe, fixed_size: int) -> AllocationProblem:
     targets = context.targets
-    floats = sum(4 * target.shape[0] * target.shape[1] for target in targets.values())
     chooser = sizing_chooser(context)
 
     def specs(name: str) -> tuple[QuantSpec, ...]:
@@ -84,7 +83,7 @@ def _problem(context: Context, budget: Budget, recipe: Recipe, overshoot: int) -
         budget=budget,
         size=layer_bytes,
         float_size=context.loaded.size,
-        fixed_size=max(context.loaded.size - floats, 0) + overshoot,
+        fixed_size=fixed_size,
         quantize=context.quantize,
         evaluate=evaluate,
     )
@@ -112,23 +111,34 @@ def _sizing_form(chooser: Chooser, name: str, context: Context) -> str:
 
 
 def _within_size(context: Context, budget: Budget, recipe: Recipe) -> Candidate:
-    """Allocate on estimated sizes; when the real file is larger than the budget, allocate again with the difference."""
+    """Allocate on estimated sizes; what the real file shows of the rest of the model corrects the estimate."""
     name = "uniform" if context.options.allocator == "auto" else context.options.allocator
     settings = {
         key.partition(".")[2]: value for key, value in context.options.settings.items() if key.startswith(f"{name}.")
     }
     allocator: Allocator = make("allocators", name, settings)
     limit = budget.max_bytes(context.loaded.size)
-    overshoot = 0
+    floats = sum(4 * target.shape[0] * target.shape[1] for target in context.targets.values())
+    fixed_size = max(context.loaded.size - floats, 0)
+    tried: list[Candidate] = []
+    seen: list[dict[str, int]] = []
     for _ in range(TRIES):
-        problem = _problem(context, budget, recipe, overshoot)
-        widths = _widths(allocator.allocate(problem))
+        problem = _problem(context, budget, recipe, fixed_size)
+        specs = allocator.allocate(problem)
+        widths = _widths(specs)
+        if widths in seen:
+            break
+        seen.append(widths)
         label = f"{name} {'/'.join(str(bits) for bits in sorted(set(widths.values())))}"
-        candidate = build(context, widths, recipe, name=label, max_latency=budget.max_latency)
-        if limit is None or candidate.size <= limit:
-            return candidate
-        overshoot += candidate.size - limit
-    return candidate
+        tried.append(build(context, widths, recipe, name=label, max_latency=budget.max_latency))
+        if limit is None:
+            break
+        layers = sum(problem.size(context.targets[key], spec) for key, spec in specs.items())
+        over = max(tried[-1].size - limit, 0)
+        fixed_size = max(tried[-1].size - layers, fixed_size + over if over else 0)
+    fitting = [candidate for candidate in tried if limit is None or candidate.size <= limit]
+    # The largest that fits holds the most bits; when nothing fits, the smallest comes nearest.
+    return max(fitting, key=lambda item: item.size) if fitting else min(tried, key=lambda item: item.size)
 
 
 def _corrected(

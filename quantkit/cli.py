@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from quantkit.commands import apply, bench, compress, demo, inspect, methods, verify
@@ -27,6 +28,7 @@ VERBS = (
     ("demo", demo),
 )
 BAD_INPUT = 2
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 EPILOG = (
     "Tables go to standard error, --json to standard output. "
     "Exit codes: 0 = done; 1 = done, but the budget or the accuracy asked for was not met; 2 = not done."
@@ -125,9 +127,14 @@ def explain(error: BaseException, output: str | None) -> str:
         return "not enough memory; --batch-size and --memory-limit reduce what calibration needs"
     if isinstance(error, OSError) and error.errno is not None:
         reason = error.strerror or os.strerror(error.errno)
-        hint = "; free some space or write elsewhere with -o" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return f"{error.filename or output or 'file'}: {reason}{hint}"
+        where = str(error.filename or output or "file")
+        return f"{where}: {reason}{_space_hint(where) if error.errno in FULL else ''}"
     return f"internal error, {type(error).__name__}: {_one_line(error)}; --debug shows where"
+
+
+def _space_hint(where: str) -> str:
+    scratch = Path(where).parent.name.startswith("quantkit-")  # where a model is proved before it is saved
+    return f"; free some space or {'set TMPDIR to another folder' if scratch else 'write elsewhere with -o'}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from quantkit import metrics
 from quantkit.calibration.data import CalibrationData, InputSpec
 from quantkit.calibration.request import EvaluationRequest
 from quantkit.errors import InputError
-from quantkit.runtime.ort import Session
+from quantkit.runtime.ort import Session, first_line
 from quantkit.types import Array
 
 LABELS = "labels"
@@ -51,9 +52,12 @@ class Evaluation:
         """The metric of one model."""
         outputs, feeds = self._run(session)
         try:
-            return float(self.score(outputs, self._float_outputs, feeds))
-        except (TypeError, ValueError, KeyError, ArithmeticError) as error:
-            raise InputError(f"the metric {self.name} failed on the model's outputs: {error}") from error
+            figure = float(self.score(outputs, self._float_outputs, feeds))
+        except Exception as error:  # a user's function may raise anything
+            raise InputError(f"the metric {self.name} failed on the model's outputs: {first_line(error)}") from error
+        if not math.isfinite(figure):
+            raise InputError(f"the metric {self.name} gave {figure} on the model's outputs; it must be a finite number")
+        return figure
 
     def drop(self, session: Session) -> float:
         """How much worse than float, 0.01 = one point."""
@@ -88,9 +92,7 @@ def make_evaluation(request: EvaluationRequest, data: CalibrationData, reference
 def _score(metric: str) -> Score:
     known: dict[str, Score] = {
         "top1": lambda outputs, reference, feeds: metrics.top1(_first(outputs), feeds[LABELS]),
-        "agreement": lambda outputs, reference, feeds: (
-            metrics.top1_agreement(_first(reference), _first(outputs)) or 0.0
-        ),
+        "agreement": lambda outputs, reference, feeds: _agreement(_first(reference), _first(outputs)),
         "cosine": lambda outputs, reference, feeds: metrics.cosine(_first(reference), _first(outputs)),
         "sqnr": lambda outputs, reference, feeds: metrics.sqnr(_first(reference), _first(outputs)),
     }
@@ -108,14 +110,21 @@ def _import(text: str) -> Callable[[Outputs, Outputs], float]:
     sys.path.insert(0, folder)
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"the metric {text!r} cannot be imported: {error}") from error
+    except Exception as error:  # a user's module may raise anything
+        raise InputError(f"the metric {text!r} cannot be imported: {first_line(error)}") from error
     finally:
         sys.path.remove(folder)
     if not callable(found):
         raise InputError(f"the metric {text!r} is no function but {type(found).__name__}")
     checked: Callable[[Outputs, Outputs], float] = found
     return checked
+
+
+def _agreement(reference: Array, measured: Array) -> float:
+    share = metrics.top1_agreement(reference, measured)
+    if share is None:
+        raise InputError("the first output holds no class scores; use cosine or sqnr")
+    return share
 
 
 def _first(outputs: Outputs) -> Array:

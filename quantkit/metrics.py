@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from quantkit.errors import InputError
 from quantkit.types import Array
 
 Outputs = Mapping[str, Array]
@@ -54,7 +55,15 @@ def top1_agreement(reference: Array, measured: Array) -> float | None:
 
 
 def top1(scores: Array, labels: Array) -> float:
-    """Share of samples whose best class is the label; scores [samples, classes(, 1, 1)]."""
+    """Share of samples whose best class is the label; scores [samples, classes(, 1, 1)].
+
+    Raises:
+        InputError: the output holds no class scores, or labels are missing.
+    """
+    if scores.ndim < 2 or len([size for size in scores.shape[1:] if size != 1]) != 1:
+        raise InputError(f"top1 needs an output [samples, classes], got {list(scores.shape)}; give another metric")
+    if labels.size != len(scores):
+        raise InputError(f"top1 needs one label for each of {len(scores)} samples, got {labels.size}")
     return float((scores.reshape(len(scores), -1).argmax(axis=1) == labels.reshape(-1)).mean())
 
 

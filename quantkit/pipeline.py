@@ -28,7 +28,7 @@ from quantkit.graph.targets import Untouched, find_targets
 from quantkit.methods import make
 from quantkit.options import Options, make_options
 from quantkit.parity import check_layers
-from quantkit.plan import plan_to_json
+from quantkit.plan import decisions_to_json, planned_options, with_options
 from quantkit.planned import apply_plan
 from quantkit.provenance import provenance
 from quantkit.report.build import Measured, build_report
@@ -36,10 +36,22 @@ from quantkit.report.progress import Progress, SilentProgress
 from quantkit.report.types import Contender, Report
 from quantkit.runtime.ort import Session, make_session
 from quantkit.types import Feed, Plan, Target, WeightQuantizer
-from quantkit.verify import check_parity, compare, measure_timings, open_data, run_all, session_inputs
+from quantkit.verify import (
+    check_parity,
+    check_repeatable,
+    compare,
+    measure_timings,
+    open_data,
+    run_all,
+    session_inputs,
+)
 
 HOLDOUT_SHARE = 0.2
 HOLDOUT_SAMPLES = 64
+FEW = 2
+NO_TARGETS = "no MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM or GRU has a constant weight and an input that is not"
+# Weights of a model that is run on made-up inputs, in bytes of float: it is held in memory twice for that.
+UNSEEN_LIMIT = 1 << 30
 ERROR_STATS = frozenset({"rows", "mean"})
 
 
@@ -105,11 +117,12 @@ def compress(
         InputError: anything wrong with model, data or settings, in one sentence.
         VerificationError: the emitted model does not compute what the plan says.
     """
-    options, budget, progress = make_options(settings), budget or Budget(), progress or SilentProgress()
+    options = make_options(settings if plan is None else planned_options(plan, settings))
+    budget, progress = budget or Budget(), progress or SilentProgress()
     loaded = load_model(model)
     targets, untouched = find_targets(loaded.model, options.ignore)
     if not targets:
-        reasons = "; ".join(f"{row.name}: {row.reason}" for row in untouched[:5]) or "it has no MatMul, Gemm, Conv, ..."
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in untouched[:5]) or NO_TARGETS
         raise InputError(f"{_name(loaded, model)} has no layer to quantize: {reasons}")
     reference = make_session(loaded.model, threads=options.threads)
     quantizer: WeightQuantizer = make(
@@ -131,11 +144,14 @@ def compress(
         cache=open_cache(options.cache),
     )
     if plan is not None:
+        plan = with_options(plan, options)
         candidate, decided, contenders = apply_plan(context, plan)
     else:
         candidate, decided, contenders = allocate(context, budget, progress)
     with progress.task("verifying"):
-        return _finish(context, budget, candidate, decided, contenders, data, untouched, _name(loaded, model))
+        return _finish(
+            context, budget, candidate, decided, contenders, data, untouched, _name(loaded, model), reference
+        )
 
 
 def apply(model: str | Path | onnx.ModelProto | ir.Model, plan: Plan, **arguments: Any) -> Result:
@@ -159,11 +175,14 @@ def _open_data(calibration: object, reference: Session, options: Options) -> _Da
     if calibration is None and not options.random_calibration:
         return _Data(None, None)
     inputs = session_inputs(reference)
+    if not inputs:
+        raise InputError("the model has no inputs, so there is nothing to calibrate it with; leave the data out")
     made_up = calibration is None
     data = random_calibration(inputs, seed=options.seed) if made_up else open_data(calibration, inputs)
     kept, held = data.split(HOLDOUT_SHARE)
     held = held.subset(HOLDOUT_SAMPLES)
     feeds = list(held)
+    check_repeatable(reference, feeds[0])
     return _Data(kept, HeldOut(feeds, run_all(reference, feeds), reference))
 
 
@@ -211,39 +230,64 @@ def _finish(
     data: _Data,
     untouched: list[Untouched],
     name: str,
+    reference: Session,
 ) -> Result:
     """Stamp, write to a temporary file, reload, compare, time."""
     model = candidate.emitted.model
-    origin = provenance(context, plan_to_json(plan), data.digest)
+    origin = provenance(context, decisions_to_json(plan), data.digest)
     model.metadata_props.update(origin)
     parity, outputs, threads = None, None, context.options.threads
     with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
         written = Path(folder) / "model.onnx"
         save(model, written)
         session = make_session(written, threads=threads)
-        if context.held_out is not None:
+        few = _check_feed(context, reference)
+        if few is not None:
             graph = simulate(context.loaded.model, candidate.emission)
-            few = few_samples(context.held_out.feeds[0])
             check_layers(written, graph, candidate.emitted.edges, few, threads=threads)
             simulated = make_session(graph, threads=threads, optimize="none")
     if context.held_out is not None:
         outputs = run_all(session, context.held_out.feeds)
         parity = check_parity(outputs, run_all(simulated, context.held_out.feeds), context.held_out.outputs)
-    measured = _measured(context, candidate, session, outputs, parity)
+    measured = _measured(context, candidate, session, outputs, parity, few is not None)
     report = build_report(context, budget, candidate, plan, contenders, measured, untouched, name, origin)
     return Result(model, plan, report)
 
 
-def few_samples(feed: Feed, count: int = 2) -> Feed:
-    """The first samples of a batch, when its inputs have a common batch axis; else the whole feed."""
-    sizes = {array.shape[0] if array.ndim else 0 for array in feed.values()}
-    return {name: array[:count] for name, array in feed.items()} if len(sizes) == 1 else feed
+def _check_feed(context: Context, reference: Session) -> Feed | None:
+    """What the layers are compared on: a few held-out samples, else made-up ones; None where that cannot be.
+
+    Without data a model of many gigabytes is not run at all, and made-up inputs may be none that it accepts.
+    """
+    if context.held_out is not None:
+        inputs = session_inputs(reference)
+        feed = context.held_out.feeds[0]
+        batches = {array.shape[0] if array.ndim else 0 for array in feed.values()}
+        fixed = any(spec.shape and isinstance(spec.shape[0], int) for spec in inputs)
+        return feed if fixed or len(batches) != 1 else {name: array[:FEW] for name, array in feed.items()}
+    floats = sum(4 * target.shape[0] * target.shape[1] for target in context.targets.values())
+    if floats > UNSEEN_LIMIT:
+        return None
+    try:
+        feed = made_up_feed(reference, context.options.seed)
+        check_repeatable(reference, feed)
+    except InputError:
+        return None
+    return feed
 
 
-def _measured(context: Context, candidate: Candidate, session: Session, outputs: Any, parity: float | None) -> Measured:
+def made_up_feed(reference: Session, seed: int) -> Feed:
+    """Random numbers; integers are 0 or 1, which most tables and counts accept."""
+    inputs = session_inputs(reference)
+    return next(iter(random_calibration(inputs, samples=FEW, seed=seed, max_id=1))) if inputs else {}
+
+
+def _measured(
+    context: Context, candidate: Candidate, session: Session, outputs: Any, parity: float | None, checked: bool
+) -> Measured:
     if context.held_out is None or outputs is None or parity is None:
-        return Measured(None, parity, (), None, None)
+        return Measured(None, parity, (), None, None, checked)
     timings = measure_timings(context.held_out.session, session, context.held_out.feeds)
     drop = None if context.evaluation is None else context.evaluation.drop(session)
     latency = relative_latency(context, candidate, session)
-    return Measured(compare(context.held_out.outputs, outputs), parity, timings, drop, latency)
+    return Measured(compare(context.held_out.outputs, outputs), parity, timings, drop, latency, checked)

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantkit.errors import InputError
+from quantkit.methods import check_settings
+from quantkit.options import CALIBRATORS, Options
 from quantkit.types import ActParams, LayerPlan, Plan, QuantSpec
 
 VERSION = 1
@@ -33,6 +35,7 @@ PLAN_KEYS = ("version", "layers", "activations", "settings")
 SPEC_KEYS = ("bits", "group_size", "symmetric", "act_bits", "form")
 RULE_KEYS = ("match", *SPEC_KEYS, "float", "reason")
 ACTIVATION_KEYS = ("scale", "zero_point")
+PLANNED = ("quantizer", "target", "seed")
 T = TypeVar("T")
 UNMATCHED = "no rule of the plan matches it"
 
@@ -50,6 +53,41 @@ def plan_to_json(plan: Plan) -> str:
         "}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def decisions_to_json(plan: Plan) -> str:
+    """The plan without its reasons: they tell what was measured, which is never twice the same."""
+    layers = {match: LayerPlan(layer.spec, layer.form, "") for match, layer in plan.layers.items()}
+    return plan_to_json(Plan(layers, plan.activations, plan.settings))
+
+
+def planned_options(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The caller's options, and for those left out the ones that the plan was made with.
+
+    Raises:
+        InputError: the plan holds an option of the wrong kind.
+    """
+    kept = {key: plan.settings[key] for key in PLANNED if key in plan.settings}
+    for key, value in kept.items():
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not (whole if key == "seed" else isinstance(value, str)):
+            wanted = "a whole number from 0" if key == "seed" else "text"
+            raise InputError(f"plan: settings: {key} must be {wanted}, got {value!r}")
+    calibrator = plan.settings.get("calibrator", "minmax")
+    if calibrator not in CALIBRATORS[1:]:
+        raise InputError(f"plan: settings: calibrator must be one of {', '.join(CALIBRATORS[1:])}, got {calibrator!r}")
+    methods = {key: value for key, value in plan.settings.items() if "." in key}
+    check_settings(methods)
+    chosen = {key: value for key, value in given.items() if key != "quantizer" or value != "auto"}
+    return {**kept, **chosen, "settings": {**methods, **given.get("settings", {})}}
+
+
+def with_options(plan: Plan, options: Options) -> Plan:
+    """The plan with the options that are really followed."""
+    followed = {key: getattr(options, key) for key in PLANNED}
+    if followed["quantizer"] == "auto":
+        followed["quantizer"] = plan.settings.get("quantizer", "mse")
+    return Plan(plan.layers, plan.activations, {**plan.settings, **followed, **dict(sorted(options.settings.items()))})
 
 
 def plan_from_json(text: str, where: str = "plan") -> Plan:

@@ -13,7 +13,11 @@ PACKAGES = ("quantkit", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
 
 def provenance(context: Context, plan: str, calibration_digest: str) -> dict[str, str]:
-    """metadata_props of the emitted model; nothing in it changes from one run to the next."""
+    """metadata_props of the emitted model; nothing in it changes from one run to the next.
+
+    Args:
+        plan: its decisions as JSON.
+    """
     stamps = {
         "model": context.loaded.digest,
         "calibration": calibration_digest,

@@ -22,6 +22,8 @@ class Uniform:
 
     def allocate(self, problem: AllocationProblem) -> Mapping[str, QuantSpec]:
         widths = sorted({spec.bits for specs in problem.candidates.values() for spec in specs})
+        if not widths:
+            return {}
         fitting = [bits for bits in widths if _fits(problem, bits)] or widths[:1]
         if problem.budget.max_drop is None:
             return _assign(problem, min(fitting[-1], max(DEFAULT_BITS, widths[0])))

@@ -20,13 +20,12 @@ from quantkit.calibration.rows import to_rows
 from quantkit.errors import InputError
 from quantkit.report.progress import Progress
 from quantkit.runtime.ort import make_session
-from quantkit.types import Array, Feed, LayerStats, Target
+from quantkit.types import Array, Feed, LayerStats, Target, Use
 
 ROW_LIMIT = 256
 # Convolution positions read per batch: neighbours share most of their inputs, a part tells as much as all.
 POSITIONS = 1024
 ROW_OPERATORS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU"})
-ROW_STATS = frozenset({"abs_mean", "mean", "square_mean", "gram", "rows"})
 UNKNOWN_AXIS = 128
 
 
@@ -70,13 +69,16 @@ class Collected:
 
 @dataclass
 class _Reader:
-    """Accumulators of one (value, way of reading it)."""
+    """Accumulators of one (values, way of reading them); a weight that is used twice reads two values."""
 
     targets: list[Target]
     moments: Moments
     gram: Gram | None
     sample: RowSample | None
     tokens: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    shapes: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,11 +87,7 @@ class _Watched:
 
     name: str
     histogram: Histogram | None
-    readers: dict[tuple[object, ...], _Reader] = field(default_factory=dict)
-    shapes: dict[tuple[int, ...], int] = field(default_factory=dict)
-    lookups: list[Target] = field(default_factory=list)
-    low: float = math.inf
-    high: float = -math.inf
+    readers: list[tuple[_Reader, Use]] = field(default_factory=list)
 
 
 def collect(
@@ -114,10 +112,15 @@ def collect(
                     _add(item, values[item.name], settings.seed + number)
                 del values  # before the next batch: two sets of activations are never held
                 batches += 1
-                advance(len(next(iter(feed.values()))))
+                advance(_samples(feed))
             if batches == 0:
                 raise InputError(f"the calibration data holds no samples: {data.description}")
     return _result(watched, request)
+
+
+def _samples(feed: Feed) -> int:
+    """Length of the first axis; a feed of scalars is one sample."""
+    return max((len(array) for array in feed.values() if array.ndim), default=1)
 
 
 def _main_graph_values(model: ir.Model) -> dict[str, ir.Value]:
@@ -130,24 +133,28 @@ def _watch(model: ir.Model, request: Request, settings: Settings) -> list[_Watch
     available = _main_graph_values(model)
     groups = {group: Histogram() for group in request.histograms.values()}
     watched = {name: _Watched(name, groups[group]) for name, group in request.histograms.items()}
+    readers: dict[tuple[object, ...], _Reader] = {}
     for target in request.targets.values():
-        name = str(target.uses[0].data.name)
-        if name not in available or target.name.endswith(".R"):  # a recurrent weight reads the hidden state
+        uses = [use for use in target.uses if str(use.data.name) in available]
+        if not uses or target.name.endswith(".R"):  # a recurrent weight reads the hidden state
             continue
-        item = watched.setdefault(name, _Watched(name, None))
-        if target.op == "Gather":
-            item.lookups.append(target)
-        elif target.op in ROW_OPERATORS:
-            reader = item.readers.setdefault(_row_key(target), _reader(request.stats, settings))
-            reader.targets.append(target)
+        names = tuple(str(use.data.name) for use in uses)
+        key = (names, *_row_key(target, uses))
+        if key in readers:
+            readers[key].targets.append(target)
+            continue
+        readers[key] = _reader(target, request.stats, settings)
+        for name, use in zip(names, uses, strict=True):
+            watched.setdefault(name, _Watched(name, None)).readers.append((readers[key], use))
     order = {name: index for index, name in enumerate(available)}
     return sorted(watched.values(), key=lambda item: order.get(item.name, 0))
 
 
-def _reader(stats: frozenset[str], settings: Settings) -> _Reader:
-    gram = Gram() if "gram" in stats else None
-    sample = RowSample(ROW_LIMIT, settings.seed) if "rows" in stats else None
-    return _Reader([], Moments(), gram, sample)
+def _reader(target: Target, stats: frozenset[str], settings: Settings) -> _Reader:
+    reads_rows = target.op in ROW_OPERATORS
+    gram = Gram() if "gram" in stats and reads_rows else None
+    sample = RowSample(ROW_LIMIT, settings.seed) if "rows" in stats and reads_rows else None
+    return _Reader([target], Moments(), gram, sample)
 
 
 def _attributes(node: ir.Node) -> dict[str, object]:
@@ -156,16 +163,18 @@ def _attributes(node: ir.Node) -> dict[str, object]:
     return {name: node.attributes[name].value for name in names if name in node.attributes}
 
 
-def _row_key(target: Target) -> tuple[object, ...]:
+def _row_key(target: Target, uses: Sequence[Use]) -> tuple[object, ...]:
+    attributes = str([_attributes(use.node) for use in uses])
+    if target.op == "Gather":
+        return (target.op,)
     if target.op not in ("Conv", "ConvTranspose"):
-        return (target.op == "Gemm", str(_attributes(target.node)))
-    kernel = target.layout.operand_shape[2:]
-    return (target.op, target.groups, kernel, str(_attributes(target.node)))
+        return (target.op == "Gemm", attributes)
+    return (target.op, target.groups, target.layout.operand_shape[2:], attributes)
 
 
 def _reader_bytes(reader: _Reader) -> int:
     target = reader.targets[0]
-    num_inputs = target.shape[1]
+    num_inputs = target.shape[1] if target.op in ROW_OPERATORS else 0
     gram = 2 * 8 * target.groups * num_inputs**2 if reader.gram is not None else 0
     return gram + 4 * target.groups * num_inputs * (ROW_LIMIT + POSITIONS)
 
@@ -213,7 +222,7 @@ def _fill_waves(model: ir.Model, feed: Feed, watched: Sequence[_Watched], memory
     used = 0
     for item in watched:
         # onnxruntime hands its outputs over as copies: for a moment each exists twice.
-        cost = 2 * 4 * _elements(available[item.name], sizes) + sum(_reader_bytes(r) for r in item.readers.values())
+        cost = 2 * 4 * _elements(available[item.name], sizes) + sum(_reader_bytes(reader) for reader, _ in item.readers)
         if not waves or used + cost > memory_limit:
             waves.append([])
             used = 0
@@ -263,57 +272,68 @@ def _instrumented(model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 
 def _add(item: _Watched, value: Array, seed: int) -> None:
-    shape = tuple(value.shape)
-    item.shapes[shape] = item.shapes.get(shape, 0) + 1
-    if value.size == 0:
-        return
-    if np.issubdtype(value.dtype, np.floating):
-        item.low, item.high = min(item.low, float(value.min())), max(item.high, float(value.max()))
-        if not (math.isfinite(item.low) and math.isfinite(item.high)):
+    low, high = math.inf, -math.inf
+    if value.size and np.issubdtype(value.dtype, np.floating):
+        low, high = float(value.min()), float(value.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
                 f"the activation {item.name!r} is NaN or infinite on the calibration data; "
                 "check the data's preprocessing and the model's weights"
             )
     if item.histogram is not None:
         item.histogram.add(value)
-    for reader in item.readers.values():
-        target = reader.targets[0]
-        rows = to_rows(
-            target.op,
-            value,
-            operand_shape=target.layout.operand_shape,
-            groups=target.groups,
-            attributes=_attributes(target.node),
-            limit=POSITIONS,
-            seed=seed,
-        )
-        reader.tokens += rows.shape[1]
-        reader.moments.add(rows)
-        if reader.gram is not None:
-            reader.gram.add(rows)
-        if reader.sample is not None:
-            reader.sample.add(rows)
+    for reader, use in item.readers:
+        reader.shapes[value.shape] = reader.shapes.get(value.shape, 0) + 1
+        reader.low, reader.high = min(reader.low, low), max(reader.high, high)
+        if value.size and reader.targets[0].op in ROW_OPERATORS:
+            _add_rows(reader, use, value, seed)
+
+
+def _add_rows(reader: _Reader, use: Use, value: Array, seed: int) -> None:
+    target = reader.targets[0]
+    rows = to_rows(
+        target.op,
+        value,
+        operand_shape=target.layout.operand_shape,
+        groups=target.groups,
+        attributes=_attributes(use.node),
+        limit=POSITIONS,
+        seed=seed,
+    )
+    reader.tokens += rows.shape[1]
+    reader.moments.add(rows)
+    if reader.gram is not None:
+        reader.gram.add(rows)
+    if reader.sample is not None:
+        reader.sample.add(rows)
 
 
 def _result(watched: Sequence[_Watched], request: Request) -> Collected:
-    stats: dict[str, LayerStats] = {}
     merged = {request.histograms[item.name]: item.histogram for item in watched if item.histogram is not None}
     histograms = {group: histogram.result() for group, histogram in merged.items()}
+    stats: dict[str, LayerStats] = {}
     for item in watched:
-        for target in item.lookups:
-            tokens = sum(math.prod(shape) * count for shape, count in item.shapes.items())
-            stats[target.name] = LayerStats(tokens, 0.0, 0.0, data_shapes=dict(item.shapes))
-        for reader in item.readers.values():
-            layer = LayerStats(
-                num_tokens=reader.tokens,
-                low=item.low,
-                high=item.high,
-                abs_mean=reader.moments.abs_mean if "abs_mean" in request.stats else None,
-                mean=reader.moments.mean if "mean" in request.stats else None,
-                square_mean=reader.moments.square_mean if "square_mean" in request.stats else None,
-                gram=None if reader.gram is None else reader.gram.result(),
-                rows=None if reader.sample is None else reader.sample.result(),
-                data_shapes=dict(item.shapes),
-            )
-            stats.update({target.name: layer for target in reader.targets})
+        for reader, _ in item.readers:
+            if reader.targets[0].name not in stats:  # a weight that is used twice has its reader at two values
+                layer = _statistics(reader, request.stats)
+                stats.update({target.name: layer for target in reader.targets})
     return Collected(stats, histograms)
+
+
+def _statistics(reader: _Reader, wanted: frozenset[str]) -> LayerStats:
+    shapes = dict(reader.shapes)
+    if reader.targets[0].op not in ROW_OPERATORS:  # looked-up ids
+        return LayerStats(
+            sum(math.prod(shape) * count for shape, count in shapes.items()), 0.0, 0.0, data_shapes=shapes
+        )
+    return LayerStats(
+        num_tokens=reader.tokens,
+        low=reader.low,
+        high=reader.high,
+        abs_mean=reader.moments.abs_mean if "abs_mean" in wanted else None,
+        mean=reader.moments.mean if "mean" in wanted else None,
+        square_mean=reader.moments.square_mean if "square_mean" in wanted else None,
+        gram=None if reader.gram is None else reader.gram.result(),
+        rows=None if reader.sample is None else reader.sample.result(),
+        data_shapes=shapes,
+    )

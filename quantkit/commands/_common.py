@@ -10,12 +10,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from quantkit.budget import parse_bytes
 from quantkit.calibration.request import CalibrationRequest
 from quantkit.errors import InputError
 from quantkit.options import ACTIVATIONS, CALIBRATORS, RUNTIMES, Options
+
+MOST_THREADS = 1024
 
 if TYPE_CHECKING:
     from quantkit.report.console import ErrorConsole
@@ -52,9 +55,9 @@ def add_data(parser: ArgumentParser) -> None:
 def add_run(parser: ArgumentParser) -> None:
     """How to emit and measure."""
     group = parser.add_argument_group("run")
-    group.add_argument("--target", choices=RUNTIMES, default="ort-cpu", help="what the file is for (default: ort-cpu)")
+    group.add_argument("--target", choices=RUNTIMES, help="what the file is for (default: ort-cpu)")
     group.add_argument("--threads", metavar="N", type=int, default=1, help="onnxruntime threads, 0 = all (default: 1)")
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
+    group.add_argument("--seed", metavar="N", type=int, help="of everything random (default: 0)")
     group.add_argument("--cache", metavar="DIR", help="folder for measured latencies")
     limit = f"{Options.memory_limit >> 20}MiB"
     group.add_argument("--memory-limit", metavar="SIZE", default=limit, help=f"for calibration (default: {limit})")
@@ -129,14 +132,29 @@ def evaluation_data(args: Namespace, source: str) -> CalibrationRequest:
 
 def run_options(args: Namespace) -> dict[str, Any]:
     """Fields of Options behind add_run and --random-calibration."""
+    check_run(args)
+    cache = Path(args.cache) if args.cache else None
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise InputError(f"--cache {cache} is a file; give a folder")
+    # Left out, the target and the seed are those of the plan, if there is one.
+    given = {key: value for key, value in (("target", args.target), ("seed", args.seed)) if value is not None}
     return {
-        "target": args.target,
+        **given,
         "threads": args.threads,
-        "seed": args.seed,
-        "cache": Path(args.cache) if args.cache else None,
+        "cache": cache,
         "memory_limit": parse_bytes(args.memory_limit, "--memory-limit"),
         "random_calibration": args.random_calibration,
     }
+
+
+def check_run(args: Namespace) -> None:
+    """Raises: InputError for --threads and --seed that nothing can run with."""
+    if args.threads < 0:
+        raise InputError(f"--threads must be 0 or more, got {args.threads}")
+    if args.threads > MOST_THREADS:
+        raise InputError(f"--threads must be at most {MOST_THREADS}, got {args.threads}")
+    if (getattr(args, "seed", None) or 0) < 0:
+        raise InputError(f"--seed must be 0 or more, got {args.seed}")
 
 
 def existing_file(text: str) -> Path:
@@ -147,6 +165,21 @@ def existing_file(text: str) -> Path:
     if not path.exists():
         raise InputError(f"there is no file {path}")
     return path
+
+
+def keep_external(outputs: Mapping[str, Path | None], model: Path) -> None:
+    """Refuse to write over files that hold the model's weights."""
+    from quantkit.verify import external_files
+
+    files: set[Path] = set()
+    with suppress(Exception):  # a model that cannot be read is explained when it is loaded
+        files = {file.resolve() for file in external_files(model)}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        hit = {path.resolve(), path.resolve().with_name(f"{path.name}.data")} & files
+        if hit:
+            raise InputError(f"{option} {path} would overwrite {hit.pop()}, which holds weights of {model}; rename it")
 
 
 def output_path(text: str | None, model: Path) -> Path:
@@ -167,8 +200,15 @@ def check_writable(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
             continue
         if path.is_dir():
             raise InputError(f"{option} {path} is a folder; give a file name")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{option} {path} is a device; give a file name")
         if not path.parent.is_dir():
             raise InputError(f"{option} {path}: there is no folder {path.parent}; create it first")
+        try:
+            with TemporaryFile(dir=path.resolve().parent):
+                pass  # before the work, not after it
+        except OSError as error:
+            raise InputError(f"{option} {path}: cannot write there: {error.strerror}; choose another folder") from error
         for what, source in inputs.items():
             if path.resolve() == source.resolve() or (path.exists() and path.samefile(source)):
                 raise InputError(f"{option} {path} would overwrite the {what}; give another name")

@@ -33,6 +33,7 @@ def run(args: Namespace) -> int:
     from quantkit import pipeline
     from quantkit.plan import load_plan
 
+    _common.keep_external(outputs, model)
     result = pipeline.compress(
         model,
         calibration=calibration,

@@ -31,8 +31,7 @@ def run(args: Namespace) -> int:
     shapes = parse_shapes(args.shape or [])
     if not 0 < args.seconds <= 3600:
         raise InputError(f"--seconds must be above 0 and at most 3600, got {args.seconds:g}")
-    if args.threads < 0:
-        raise InputError(f"--threads must be 0 or more, got {args.threads}")
+    _common.check_run(args)
     calibration = _common.calibration_of(args)
     if calibration is not None and shapes:
         raise InputError("--shape and --calib both say what the inputs look like; give one of them")

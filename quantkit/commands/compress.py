@@ -78,6 +78,7 @@ def run(args: Namespace) -> int:
 
     from quantkit import pipeline
 
+    _common.keep_external(outputs, model)
     result = pipeline.compress(
         model,
         calibration=calibration,

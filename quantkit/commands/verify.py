@@ -24,6 +24,7 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     quantized, reference = _common.existing_file(args.quantized), _common.existing_file(args.against)
+    _common.check_run(args)
     request = _common.calibration_of(args)
     if request is None and not args.random_calibration:
         raise InputError("verify needs data to run both models on: give --calib, or --random-calibration")

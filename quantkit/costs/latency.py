@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class LatencyCache:
-    """Figures by content: a small JSON file, rewritten atomically.
+    """Figures by content: a small JSON file, rewritten atomically; of two measurements of one thing the first stays.
 
     Attributes:
         folder: where `latency.json` lies; created on the first write.
@@ -60,26 +61,40 @@ class LatencyCache:
     def get(self, parts: Mapping[str, object]) -> list[float] | None:
         return self.entries.get(_key(parts))
 
-    def put(self, parts: Mapping[str, object], values: list[float]) -> None:
+    def put(self, parts: Mapping[str, object], values: list[float]) -> list[float]:
+        """The figures to use from now on: these, rounded, or those that another process stored in the meantime."""
         self.entries[_key(parts)] = [float(f"{value:.4g}") for value in values]
+        self.entries.update(_read(self.folder))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f"latency.{os.getpid()}.tmp"
             temporary.write_text(json.dumps(self.entries, indent=0, sort_keys=True))
             temporary.replace(self.folder / "latency.json")
         except OSError:
-            return  # a cache that cannot be written only costs time
+            pass  # a cache that cannot be written only costs time
+        return self.entries[_key(parts)]
 
 
 def open_cache(folder: Path | None) -> LatencyCache:
     """The cache in `folder` (None = the user's cache folder); unreadable content counts as empty."""
     folder = folder or default_folder()
+    return LatencyCache(folder, _read(folder))
+
+
+def _read(folder: Path) -> dict[str, list[float]]:
     try:
         stored = json.loads((folder / "latency.json").read_text())
-    except (OSError, ValueError):
-        stored = {}
-    valid = isinstance(stored, dict) and all(isinstance(value, list) for value in stored.values())
-    return LatencyCache(folder, dict(stored) if valid else {})
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: value for key, value in stored.items() if _are_times(value)} if isinstance(stored, dict) else {}
+
+
+def _are_times(values: object) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(isinstance(value, float | int) and 0 < value < math.inf for value in values)
+    )
 
 
 def _key(parts: Mapping[str, object]) -> str:
@@ -112,8 +127,7 @@ def layer_cost(
     }
     known = cache.get(parts)
     if known is None:
-        known = list(_measure(target.shape, spec, form, rows, runtime, threads))
-        cache.put(parts, known)
+        known = cache.put(parts, list(_measure(target.shape, spec, form, rows, runtime, threads)))
     return Cost(known[0], known[1])
 
 

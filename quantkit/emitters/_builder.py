@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from quantkit.types import Array
+from quantkit.types import Array, Use
 
 DOMAIN = "quantkit"
 CONTRIB = "com.microsoft"
@@ -61,7 +61,7 @@ class Builder:
         self._graph = model.graph
         self._anchor: ir.Node | None = None
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-        self._shared: dict[tuple[str, int], list[ir.Value]] = {}
+        self._shared: dict[tuple[str, ir.Graph, ir.Value], list[ir.Value]] = {}
         self._traced: set[str] = set()
         self._names = {value.name for graph in model.graphs() for value in _values(graph)}
 
@@ -133,12 +133,24 @@ class Builder:
             self.model.functions[identifier] = _function(name, body, len(inputs), self.model.opset_imports[""])
         return self.multi(name, inputs, 1, domain=DOMAIN)[0]
 
-    def shared(self, kind: str, value: ir.Value, make: Callable[[], Sequence[ir.Value]]) -> Sequence[ir.Value]:
-        """Nodes derived from an activation once, for all layers that read it (dynamic quantization of one input)."""
-        key = (kind, id(value))
+    def shared(self, kind: str, use: Use, make: Callable[[], Sequence[ir.Value]]) -> Sequence[ir.Value]:
+        """Nodes derived from an activation once, for all layers of a graph that read it (its dynamic quantization)."""
+        graph = use.node.graph
+        assert graph is not None
+        key = (kind, graph, use.data)
         if key not in self._shared:
+            self._behind(use.data, graph)
             self._shared[key] = list(make())
         return self._shared[key]
+
+    def _behind(self, value: ir.Value, graph: ir.Graph) -> None:
+        """Following nodes are inserted in front of all readers of `value`, those of later layers included."""
+        producer = value.producer()
+        if producer is None or producer.graph is not graph:
+            self.at(graph[0])
+        else:
+            nodes = list(graph)
+            self.at(nodes[nodes.index(producer) + 1])
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """`value` takes the place and the name of the node's first output, also as graph output; the node goes away."""

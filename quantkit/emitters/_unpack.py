@@ -5,12 +5,14 @@ Storage of a width b: one flat byte string per bit plane (`quantkit.packing.plan
     float   = (codes - zero_points) * scales      float [N, G, width] -> [N, K]
     int8    = codes - zero_point                  when one scale serves a row and the codes fit
             | round(float / s8), s8 = max|row|/127   otherwise ("requantized at load")
-All of it is constant, so onnxruntime folds it before it looks for kernels.
+All of it is constant, so onnxruntime folds it before it looks for kernels. Two spellings compute the same: operators on
+bits on `ort-cpu`; on `portable` arithmetic on int32, which takes twice the time and memory at load: OpenVINO has bit
+operators at run time only, and multiplies wrongly by weights that it did not fold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +22,7 @@ from quantkit.packing import pack, planes
 from quantkit.types import Array, FloatArray, Layout, QuantizedWeight
 
 INT8_MAX = 127.0
+Spelling = Callable[[Ops, ir.Value, int, int], ir.Value]
 
 
 def signed_codes(weight: QuantizedWeight) -> tuple[Array, FloatArray] | None:
@@ -31,29 +34,43 @@ def signed_codes(weight: QuantizedWeight) -> tuple[Array, FloatArray] | None:
         return None
     factor = 1 if np.all(weight.zero_points == np.floor(weight.zero_points)) else 2
     values = weight.codes.astype(np.float32) * factor - weight.zero_points * factor
-    if np.abs(values).max(initial=0) > INT8_MAX:
+    if np.abs(values).max(initial=0) > INT8_MAX or not np.array_equal(values, np.rint(values)):
         return None
     return values.astype(np.int8), (weight.scales[:, 0] / np.float32(factor)).astype(np.float32)
 
 
-def requantize(matrix: FloatArray) -> tuple[Array, FloatArray]:
-    """One int8 scale per row: (codes [N, K], scales [N]); the same float32 steps as the emitted operators."""
+def requantize(matrix: FloatArray, least: FloatArray | None = None) -> tuple[Array, FloatArray]:
+    """One int8 scale per row: (codes [N, K], scales [N]); the same float32 steps as the emitted operators.
+
+    Args:
+        matrix: [N, K].
+        least: [N] lower bounds of the scales.
+    """
     peak = np.abs(matrix).max(axis=1, keepdims=True)
     scale = np.where(peak > 0, peak / np.float32(INT8_MAX), np.float32(1.0)).astype(np.float32)
+    if least is not None:
+        scale = np.maximum(scale, least[:, None])
     return np.rint(matrix / scale).astype(np.int8), scale[:, 0]
 
 
-def int8_weight(weight: QuantizedWeight) -> FloatArray:
+def int8_codes(weight: QuantizedWeight, least: FloatArray | None = None) -> tuple[Array, FloatArray]:
+    """(codes [N, K], scales [N]) of an int8 kernel; requantized where codes do not fit or `least` scales are given."""
+    exact = signed_codes(weight) if least is None else None
+    return exact if exact is not None else requantize(weight.dequantize(), least)
+
+
+def int8_weight(weight: QuantizedWeight, least: FloatArray | None = None) -> FloatArray:
     """W[N, K] that an int8 kernel multiplies with."""
-    if signed_codes(weight) is not None:
+    if least is None and signed_codes(weight) is not None:
         return weight.dequantize()
-    codes, scales = requantize(weight.dequantize())
+    codes, scales = int8_codes(weight, least)
     return codes.astype(np.float32) * scales[:, None]
 
 
 def storable_scales(scales: FloatArray) -> Array:
     """float16 when that loses nothing (the quantizers round scales so that it usually does not), else float32."""
-    half = scales.astype(np.float16)
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
     return half if np.array_equal(half.astype(np.float32), scales) else scales
 
 
@@ -65,36 +82,44 @@ def scale_value(builder: Builder, scales: FloatArray, name: str) -> ir.Value:
     return builder.const(scales, name)
 
 
-def _unpack_body(bits: int, tail: bool) -> Body:
-    widths = planes(bits)
-
+def _unpack_body(bits: int, tail: bool, spelling: Spelling, join: str) -> Body:
     def body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
         *stored, shape = inputs
         codes: ir.Value | None = None
         shift = 0
-        for plane, width in zip(stored, widths, strict=True):
-            part = _unpack_plane(ops, plane, width)
-            if shift:
-                part = ops.op("BitShift", [part, ops.const(np.array(shift, np.uint8))], direction="LEFT")
+        for plane, width in zip(stored, planes(bits), strict=True):
+            part = spelling(ops, plane, width, shift)
             if tail:  # each plane pads its own last byte
                 end = ops.op("ReduceProd", [shape], keepdims=1)
                 part = ops.op("Slice", [part, ops.const(np.array([0])), end])
-            codes = part if codes is None else ops.op("BitwiseOr", [codes, part])
+            codes = part if codes is None else ops.op(join, [codes, part])
             shift += width
         return ops.op("Reshape", [codes, shape])
 
     return body
 
 
-def _unpack_plane(ops: Ops, plane: ir.Value, width: int) -> ir.Value:
-    """Bytes [L] -> codes [L * 8/width]; the first code sits in the lowest bits."""
-    if width == 8:
-        return plane
+def _plane_by_bits(ops: Ops, plane: ir.Value, width: int, shift: int) -> ir.Value:
+    """Bytes [L] -> uint8 codes [L * 8/width], the first from the lowest bits, moved up by `shift` bits."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)[None, :]
     column = ops.op("Reshape", [plane, ops.const(np.array([-1, 1]))])
     spread = ops.op("BitShift", [column, ops.const(shifts)], direction="RIGHT")
     masked = ops.op("BitwiseAnd", [spread, ops.const(np.array((1 << width) - 1, np.uint8))])
-    return ops.op("Reshape", [masked, ops.const(np.array([-1]))])
+    part = ops.op("Reshape", [masked, ops.const(np.array([-1]))])
+    if not shift:
+        return part
+    return ops.op("BitShift", [part, ops.const(np.array(shift, np.uint8))], direction="LEFT")
+
+
+def _plane_by_division(ops: Ops, plane: ir.Value, width: int, shift: int) -> ir.Value:
+    """The same in int32."""
+    powers = 1 << np.arange(0, 8, width, dtype=np.int32)[None, :]
+    numbers = ops.op("Cast", [plane], to=ir.DataType.INT32)
+    column = ops.op("Reshape", [numbers, ops.const(np.array([-1, 1]))])
+    spread = ops.op("Div", [column, ops.const(powers)])
+    rest = ops.op("Mod", [spread, ops.const(np.array(1 << width, np.int32))])
+    part = ops.op("Reshape", [rest, ops.const(np.array([-1]))])
+    return ops.op("Mul", [part, ops.const(np.array(1 << shift, np.int32))]) if shift else part
 
 
 def codes_value(builder: Builder, codes: Array, bits: int, shape: Sequence[int], name: str) -> ir.Value:
@@ -104,20 +129,30 @@ def codes_value(builder: Builder, codes: Array, bits: int, shape: Sequence[int],
     flat = np.ascontiguousarray(codes, dtype=np.uint8).reshape(-1)
     stored = [builder.const(plane, name) for plane in pack(flat, bits)]
     tail = any(flat.size * width % 8 for width in planes(bits))
-    target_shape = builder.const(np.array(shape, np.int64), "shape")
-    return builder.call(f"Unpack{bits}{'Tail' if tail else ''}", _unpack_body(bits, tail), [*stored, target_shape])
+    inputs = [*stored, builder.const(np.array(shape, np.int64), "shape")]
+    if builder.runtime == "portable":
+        numbers = _unpack_body(bits, tail, _plane_by_division, "Add")(builder, inputs)
+        return builder.op("Cast", [numbers], to=ir.DataType.UINT8)
+    body = _unpack_body(bits, tail, _plane_by_bits, "BitwiseOr")
+    return builder.call(f"Unpack{bits}{'Tail' if tail else ''}", body, inputs)
 
 
 def grouped_codes(weight: QuantizedWeight) -> Array:
-    """[N, G, width]: the last group filled up with its zero point (rounded down for mid-rise grids)."""
+    """[N, G, width]: the last group filled up with codes that are cut off or, in MatMulNBits, worth 0."""
     num_rows, num_inputs = weight.shape
     width = weight.spec.group_width(num_inputs)
     num_groups = weight.scales.shape[1]
     pad = num_groups * width - num_inputs
     if not pad:
         return weight.codes.reshape(num_rows, num_groups, width)
-    filler = np.repeat(np.floor(weight.zero_points[:, -1:]).astype(np.uint8), pad, axis=1)
+    last = np.clip(np.floor(weight.zero_points[:, -1:]), 0, (1 << weight.spec.bits) - 1)
+    filler = np.repeat(last.astype(np.uint8), pad, axis=1)
     return np.concatenate([weight.codes, filler], axis=1).reshape(num_rows, num_groups, width)
+
+
+def whole_codes(points: FloatArray, bits: int) -> bool:
+    """Can these zero points be stored as codes?"""
+    return bool(np.all((points == np.rint(points)) & (points >= 0) & (points < 1 << bits)))
 
 
 def zero_point_value(builder: Builder, weight: QuantizedWeight, name: str) -> ir.Value:
@@ -126,6 +161,8 @@ def zero_point_value(builder: Builder, weight: QuantizedWeight, name: str) -> ir
     first = points.reshape(-1)[0]
     if np.all(points == first):
         return builder.const(np.full((1, 1, 1), first, np.float32), "zero")
+    if not whole_codes(points, weight.spec.bits):
+        return scale_value(builder, points[:, :, None], name)
     codes = codes_value(builder, points.astype(np.uint8), weight.spec.bits, (*points.shape, 1), name)
     return builder.op("Cast", [codes], to=ir.DataType.FLOAT)
 
@@ -142,6 +179,8 @@ def float_matrix(builder: Builder, weight: QuantizedWeight, name: str) -> ir.Val
     num_rows, num_inputs = weight.shape
     stored = grouped_codes(weight)
     codes = codes_value(builder, stored, weight.spec.bits, stored.shape, f"{name}.codes")
+    if builder.runtime == "portable":  # OpenVINO keeps uint8 -> float at run time, where LSTM wants a constant
+        codes = builder.op("Cast", [codes], to=ir.DataType.INT32)
     zero_points = zero_point_value(builder, weight, f"{name}.zero_points")
     scales = scale_value(builder, weight.scales, f"{name}.scales")
     blocks = builder.call("Dequantize", _dequantize_body, [codes, zero_points, scales])
@@ -172,16 +211,22 @@ def _centre_body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
 
 
 def int8_matrix(
-    builder: Builder, weight: QuantizedWeight, name: str, layout: Layout | None = None
+    builder: Builder,
+    weight: QuantizedWeight,
+    name: str,
+    layout: Layout | None = None,
+    least: FloatArray | None = None,
 ) -> tuple[ir.Value, ir.Value]:
-    """(int8 codes, float32 scale [N]) whose product is `int8_weight(weight)`; stored at the weight's own width.
+    """(int8 codes, float32 scale [N]) whose product is `int8_weight(weight, least)`; stored at the weight's own width.
 
     The codes come as [N, K], or as the node's operand when its layout is given.
     """
-    exact = signed_codes(weight)
+    exact = signed_codes(weight) if least is None else None
     if exact is None:
         matrix = float_matrix(builder, weight, name)
         scales = builder.call("RowScale", _peak_body, [matrix])
+        if least is not None:
+            scales = builder.op("Max", [scales, builder.const(least[:, None], f"{name}.least")])
         codes = builder.call("Requantize", _round_body, [matrix, scales])
         flat_scales = builder.op("Reshape", [scales, builder.const(np.array([-1]), "shape")])
         return (codes if layout is None else to_operand(builder, codes, layout)), flat_scales

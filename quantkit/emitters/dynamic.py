@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantkit.emitters._builder import Builder, Ops
-from quantkit.emitters._unpack import int8_matrix, int8_weight, requantize, signed_codes
+from quantkit.emitters._unpack import int8_codes, int8_matrix, int8_weight
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
 
 
@@ -39,8 +39,7 @@ class Dynamic:
 
     def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         """Whole numbers multiplied in float64: exact, as integer kernels are, so that no rounding differs."""
-        exact = signed_codes(weight)
-        codes, scales = exact if exact is not None else requantize(weight.dequantize())
+        codes, scales = int8_codes(weight)
         columns = builder.const(np.ascontiguousarray(codes.T), f"{target.name}.effective")
         for use in target.uses:
             centred, scale = _quantized_input(builder.at(use.node), use.data)
@@ -53,10 +52,9 @@ class Dynamic:
         codes, scales = int8_matrix(builder.at(builder.model.graph[0]), weight, target.name)
         columns = builder.op("Transpose", [codes], perm=[1, 0])  # [K, N]
         for use in target.uses:
-            data = use.data
-            make = partial(builder.at(use.node).multi, "DynamicQuantizeLinear", [data], 3)
-            quantized, data_scale, data_zero = builder.shared(f"dynamic {id(use.node.graph)}", data, make)
-            total = builder.op("MatMulInteger", [quantized, columns, data_zero])
+            make = partial(builder.multi, "DynamicQuantizeLinear", [use.data], 3)
+            quantized, data_scale, data_zero = builder.shared("dynamic", use, make)
+            total = builder.at(use.node).op("MatMulInteger", [quantized, columns, data_zero])
             steps = builder.op("Mul", [data_scale, scales])
             _finish(builder, use.node, builder.op("Cast", [total], to=ir.DataType.FLOAT), steps)
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from quantkit.emitters._builder import CONTRIB, Builder
 from quantkit.emitters._simulate import simulate_weight
-from quantkit.emitters._unpack import codes_value, grouped_codes, scale_value, storable_scales
+from quantkit.emitters._unpack import codes_value, grouped_codes, scale_value, storable_scales, whole_codes
 from quantkit.packing import blob, pack_zero_points
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
 
@@ -47,6 +47,7 @@ class Gather:
             and width in (16, 32, 64, 128, 256)
             and num_inputs % width == 0
             and weight.pre_scale is None
+            and whole_codes(weight.zero_points, weight.spec.bits)
         )
         builder.at(builder.model.graph[0])
         if blocked:
@@ -62,7 +63,7 @@ def _emit_blocked(builder: Builder, target: Target, weight: QuantizedWeight) -> 
     scales = scale_value(builder, weight.scales, f"{target.name}.scales")
     zero_points = None
     if not np.all(weight.zero_points == 1 << (bits - 1)):
-        packed = pack_zero_points(weight.zero_points.astype(np.uint8), bits).reshape(num_rows, -1)
+        packed = pack_zero_points(weight.zero_points, bits).reshape(num_rows, -1)
         zero_points = builder.const(packed, f"{target.name}.zero_points")
     for use in target.uses:
         (rows,) = builder.at(use.node).multi(
@@ -88,10 +89,11 @@ def _emit_standard(builder: Builder, target: Target, weight: QuantizedWeight) ->
     constant = bool(np.all(points == points[0, 0]))
     zero_table = None
     if not constant:
-        shape = (*points.shape, 1)
-        zero_table = codes_value(
-            builder, points.astype(np.uint8), weight.spec.bits, shape, f"{target.name}.zero_points"
-        )
+        name = f"{target.name}.zero_points"
+        if whole_codes(points, weight.spec.bits):
+            zero_table = codes_value(builder, points.astype(np.uint8), weight.spec.bits, (*points.shape, 1), name)
+        else:
+            zero_table = builder.const(storable_scales(points)[:, :, None], name)
     for use in target.uses:
         builder.at(use.node)
         ids = use.data

@@ -7,7 +7,7 @@ model is loaded. The portable spelling is a blocked DequantizeLinear, which onnx
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,13 +15,15 @@ import onnx_ir as ir
 
 from quantkit.emitters._builder import CONTRIB, Builder, Ops
 from quantkit.emitters._simulate import simulate_weight
-from quantkit.emitters._unpack import codes_value, grouped_codes
+from quantkit.emitters._unpack import codes_value, grouped_codes, whole_codes
 from quantkit.emitters.dynamic import refuse_matrix_product
+from quantkit.errors import InputError
 from quantkit.packing import blob, pack_zero_points
 from quantkit.types import ActParams, Array, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
 
 BLOCKS = (16, 32, 64, 128, 256)
 ACCURACY_LEVEL = 4  # int8 activations per block: the only fast level for 2 and 8 bits
+SLOW_BLOCK = 16  # with 2 bits onnxruntime 1.31 computes in floats, 25 times slower than a float layer
 NATIVE_BITS = (2, 4, 8)
 PORTABLE_BITS = (4, 8)
 
@@ -41,10 +43,14 @@ class MatMulNBits:
             return reason
         if spec.group_width(target.shape[1]) not in BLOCKS:
             return f"groups of {spec.group_width(target.shape[1])} (the kernel has {', '.join(map(str, BLOCKS))})"
+        if runtime == "ort-cpu" and spec.bits == 2 and spec.group_width(target.shape[1]) == SLOW_BLOCK:
+            return f"2 bits in groups of {SLOW_BLOCK}: onnxruntime has no fast kernel"
         if runtime == "portable" and (
             spec.bits not in PORTABLE_BITS or target.shape[1] % spec.group_width(target.shape[1])
         ):
             return "blocked DequantizeLinear holds 4 and 8 bits in whole groups"
+        if runtime == "portable" and not all(_has_plain_bias(use.node) for use in target.uses):
+            return "onnxruntime fuses blocked DequantizeLinear only with a bias of one dimension"
         return "mid-rise grid" if spec.bits == 1 else None
 
     def effective_weight(self, weight: QuantizedWeight) -> FloatArray:
@@ -54,15 +60,18 @@ class MatMulNBits:
         del act
         num_inputs = rows.shape[-1]
         width = weight.spec.group_width(num_inputs)
+        factor = np.float32(1) if weight.pre_scale is None else weight.pre_scale
+        rows = rows / factor
         padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -num_inputs % width)])
         blocks = padded.reshape(*rows.shape[:-1], -1, width)
         scale = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127), np.float32(1e-30))
         rounded: FloatArray = (np.rint(blocks / scale) * scale).reshape(padded.shape).astype(np.float32)
-        return rounded[..., :num_inputs]
+        restored: FloatArray = rounded[..., :num_inputs] * factor
+        return restored
 
     def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
-        width = weight.spec.group_width(weight.shape[1])
-        simulate_weight(builder, target, weight.dequantize(), partial(_rounded_blocks, weight.shape[1], width))
+        stored = replace(weight, pre_scale=None)
+        simulate_weight(builder, target, stored.dequantize(), partial(_rounded_input, weight, target.name))
 
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         if builder.runtime == "portable":
@@ -77,9 +86,10 @@ class MatMulNBits:
         scales = builder.const(weight.scales.reshape(-1), f"{target.name}.scales")
         for use in target.uses:
             bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
-            (product,) = builder.at(use.node).multi(
+            data = _scaled_input(builder.at(use.node), use.data, weight, target.name)
+            (product,) = builder.multi(
                 "MatMulNBits",
-                [use.data, codes, scales, zero_points],
+                [data, codes, scales, zero_points],
                 1,
                 CONTRIB,
                 K=num_inputs,
@@ -89,6 +99,27 @@ class MatMulNBits:
                 accuracy_level=ACCURACY_LEVEL,
             )
             builder.replace(use.node, product if bias is None else builder.op("Add", [product, bias]))
+
+
+def _has_plain_bias(node: ir.Node) -> bool:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return True
+    shape = bias.shape if bias.const_value is None else bias.const_value.shape
+    return shape is not None and len(shape) == 1
+
+
+def _scaled_input(builder: Builder, data: ir.Value, weight: QuantizedWeight, name: str) -> ir.Value:
+    """The kernel has no place for `pre_scale`: the input is divided by it, as it was when the codes were made."""
+    if weight.pre_scale is None:
+        return data
+    return builder.op("Div", [data, builder.const(weight.pre_scale, f"{name}.pre_scale")])
+
+
+def _rounded_input(weight: QuantizedWeight, name: str, builder: Builder, data: ir.Value) -> ir.Value:
+    num_inputs = weight.shape[1]
+    scaled = _scaled_input(builder, data, weight, name)
+    return _rounded_blocks(num_inputs, weight.spec.group_width(num_inputs), builder, scaled)
 
 
 def _rounded_blocks(num_inputs: int, width: int, ops: Ops, data: ir.Value) -> ir.Value:
@@ -116,8 +147,9 @@ def _kernel_operands(
     """(B [N, G, width*bits/8], zero points or None for the kernel's default of the middle code)."""
     middle = 1 << (bits - 1)
     default = bool(np.all(weight.zero_points == middle))
-    points = weight.zero_points.astype(np.uint8)
-    zero_points = None if default else builder.const(pack_zero_points(points, bits), f"{name}.zero_points")
+    zero_points = None
+    if not default:
+        zero_points = builder.const(pack_zero_points(weight.zero_points, bits), f"{name}.zero_points")
     width = weight.spec.group_width(weight.shape[1])
     if weight.spec.bits == bits:
         stored = blob(grouped_codes(weight).reshape(weight.shape[0], -1), bits, width, 0)
@@ -144,15 +176,18 @@ def _emit_blocked(builder: Builder, target: Target, weight: QuantizedWeight) -> 
     num_inputs = target.shape[1]
     builder.at(builder.model.graph[0])
     codes = builder.native(np.ascontiguousarray(weight.codes.T), weight.spec.bits, f"{target.name}.codes")
-    points: Array = np.ascontiguousarray(weight.zero_points.T).astype(np.uint8)
-    zero_points = builder.native(points, weight.spec.bits, f"{target.name}.zero_points")
+    points: Array = np.ascontiguousarray(weight.zero_points.T)
+    if not whole_codes(points, weight.spec.bits):
+        raise InputError(f"{target.name}: DequantizeLinear holds whole zero points of {weight.spec.bits} bits only")
+    zero_points = builder.native(points.astype(np.uint8), weight.spec.bits, f"{target.name}.zero_points")
     scales = builder.const(np.ascontiguousarray(weight.scales.T), f"{target.name}.scales")  # [G, N]
     real = builder.op(
         "DequantizeLinear", [codes, scales, zero_points], axis=0, block_size=weight.spec.group_width(num_inputs)
     )
     for use in target.uses:
         bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
-        product = builder.at(use.node).op("MatMul", [use.data, real])
+        data = _scaled_input(builder.at(use.node), use.data, weight, target.name)
+        product = builder.op("MatMul", [data, real])
         builder.replace(use.node, product if bias is None else builder.op("Add", [product, bias]))
 
 

@@ -14,11 +14,11 @@ import onnx_ir as ir
 
 from quantkit.emitters._builder import Builder
 from quantkit.emitters._simulate import simulate_weight
-from quantkit.emitters._unpack import channel_axis, int8_matrix, int8_weight, requantize, signed_codes
+from quantkit.emitters._unpack import channel_axis, int8_codes, int8_matrix, int8_weight
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
 
 OPERATORS = ("Conv", "Gemm", "MatMul")
-INT32_MAX = 2**31 - 1
+BIAS_CODES = 2**30  # largest code of a bias: int32 with room for the products
 Doubles = npt.NDArray[np.float64]
 
 
@@ -33,6 +33,8 @@ class QDQ:
         if channel_axis(target.layout) is None:
             return "batched weights have no integer kernel"
         for use in target.uses:
+            if use.node.graph is not target.weight.graph:
+                return "activations inside a subgraph stay float"
             attributes = use.node.attributes
             if target.op == "Gemm" and any(
                 name in attributes and attributes[name].value != plain
@@ -54,45 +56,78 @@ class QDQ:
 
     def simulate(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         """The simulated graph carries the same activation pairs; weight and bias are plain constants."""
-        simulate_weight(builder, target, int8_weight(weight))
+        least = _least_scales(target, weight)
+        _, scales = int8_codes(weight, least)
+        simulate_weight(builder, target, int8_weight(weight, least))
         for use in target.uses:
-            bias = _constant_bias(use.node)
-            if bias is None or bias.const_value is None:
-                continue
-            codes, steps = _bias_codes(bias.const_value.numpy(), _input_pair(use.data)[1], channel_scales(weight))
-            if codes is not None:
-                real = (codes * steps).astype(np.float32)
-                use.node.replace_input_with(2, builder.const(real, f"{bias.name}.effective"))
+            bias = _bias_slot(use.node, weight.shape[0])
+            if bias is not None:
+                codes, steps = _bias_codes(bias, _input_pair(use.data)[1], scales)
+                real = builder.const((codes * steps).astype(np.float32), f"{bias.value.name}.effective")
+                bias.node.replace_input_with(bias.index, real)
 
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
+        least = _least_scales(target, weight)
+        _, per_channel = int8_codes(weight, least)
         builder.at(builder.model.graph[0])
-        operand, scales = int8_matrix(builder, weight, target.name, target.layout)
+        operand, scales = int8_matrix(builder, weight, target.name, target.layout, least)
         axis = channel_axis(target.layout)
-        real = builder.op("DequantizeLinear", [operand, scales], axis=axis)
+        # onnxruntime 1.31 makes QGemm (of MatMul and Add, too) only where the weight's zero point is written down.
+        zero = [builder.const(np.zeros(weight.shape[0], np.int8), "zeros")] if target.op != "Conv" else []
+        real = builder.op("DequantizeLinear", [operand, scales, *zero], axis=axis)
         real.shape, real.dtype = ir.Shape(target.layout.operand_shape), ir.DataType.FLOAT
         for use in target.uses:
             use.node.replace_input_with(use.weight_index, real)
-            _quantize_bias(builder.at(use.node), use.node, use.data, scales, channel_scales(weight))
+            _quantize_bias(builder.at(use.node), use.node, use.data, scales, per_channel)
 
 
-def channel_scales(weight: QuantizedWeight) -> FloatArray:
-    """[N] scales of the int8 weight."""
-    exact = signed_codes(weight)
-    return exact[1] if exact is not None else requantize(weight.dequantize())[1]
+def _least_scales(target: Target, weight: QuantizedWeight) -> FloatArray | None:
+    """[N] scales with which every bias fits int32; None when the weight's own will do.
+
+    A channel whose weights are all but zero would need a bias code of 2**40: its scale grows, and its weights, worth
+    next to nothing beside that bias, lose digits.
+    """
+    _, scales = int8_codes(weight)
+    least = scales
+    for use in target.uses:
+        bias = _bias_slot(use.node, weight.shape[0])
+        if bias is not None:
+            needed = np.abs(bias.numbers) / (BIAS_CODES * np.float64(np.float32(_input_pair(use.data)[1])))
+            least = np.maximum(least, needed.astype(np.float32))
+    return None if np.array_equal(least, scales) else least
 
 
-def _bias_codes(bias: FloatArray, input_scale: float, scales: FloatArray) -> tuple[Doubles | None, Doubles]:
-    """(int32 codes as float64, their steps); codes are None when they do not fit."""
+@dataclass(frozen=True)
+class _Bias:
+    """A constant bias, [N] or [1, N], and where it is read."""
+
+    node: ir.Node
+    index: int
+    value: ir.Value
+    numbers: FloatArray
+
+
+def _bias_slot(node: ir.Node, num_rows: int) -> _Bias | None:
+    """The bias of a layer; a MatMul's is the constant that an Add puts on it, since onnxruntime makes Gemm of both."""
+    reader, index = node, 2
+    if node.op_type == "MatMul":
+        uses = list(node.outputs[0].uses())
+        if len(uses) != 1 or uses[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
+            return None
+        reader, index = uses[0].node, 1 - uses[0].idx
+    value = reader.inputs[index] if len(reader.inputs) > index else None
+    if value is None or value.const_value is None or value.const_value.size != num_rows:
+        return None
+    numbers = value.const_value.numpy()
+    if numbers.shape != (num_rows,) and (node.op_type == "MatMul" or numbers.shape != (1, num_rows)):
+        return None
+    return _Bias(reader, index, value, numbers.reshape(-1))
+
+
+def _bias_codes(bias: _Bias, input_scale: float, scales: FloatArray) -> tuple[Doubles, Doubles]:
+    """([N] int32 codes as float64, their steps)."""
     steps = np.float64(np.float32(input_scale)) * scales.astype(np.float64)
-    if bias.shape != steps.shape:
-        return None, steps
-    codes = np.rint(bias.astype(np.float64) / steps)
-    return (codes if np.abs(codes).max(initial=0) <= INT32_MAX else None), steps
-
-
-def _constant_bias(node: ir.Node) -> ir.Value | None:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return None if bias is None or bias.const_value is None else bias
+    return np.rint(bias.numbers.astype(np.float64) / steps), steps
 
 
 def _input_pair(data: ir.Value) -> tuple[ir.Value, float]:
@@ -106,16 +141,14 @@ def _input_pair(data: ir.Value) -> tuple[ir.Value, float]:
 
 def _quantize_bias(builder: Builder, node: ir.Node, data: ir.Value, scales: ir.Value, per_channel: FloatArray) -> None:
     """Replace a constant float bias by int32 codes with scale = input scale x weight scale, as the kernels add it."""
-    bias = _constant_bias(node)
-    if bias is None or bias.const_value is None:
+    bias = _bias_slot(node, len(per_channel))
+    if bias is None:
         return
     input_scale, step = _input_pair(data)
-    codes, _ = _bias_codes(bias.const_value.numpy(), step, per_channel)
-    if codes is None:
-        return  # stays a float bias: onnxruntime quantizes it itself where it can
+    codes, _ = _bias_codes(bias, step, per_channel)
     scale = builder.op("Mul", [input_scale, scales])
-    stored = builder.const(codes.astype(np.int32), f"{bias.name}.codes")
-    node.replace_input_with(2, builder.op("DequantizeLinear", [stored, scale], axis=0))
+    stored = builder.const(codes.astype(np.int32), f"{bias.value.name}.codes")
+    bias.node.replace_input_with(bias.index, builder.op("DequantizeLinear", [stored, scale], axis=0))
 
 
 METHOD: type[Emitter] = QDQ

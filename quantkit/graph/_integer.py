@@ -51,6 +51,8 @@ def arithmetic_inputs(node: ir.Node) -> list[ir.Value] | None:
     inputs = [value for value in node.inputs if value is not None]
     if node.op_type == "ReduceMean":
         return inputs[:1] if averages_space(node) else None
+    if node.op_type == "AveragePool" and not _averages_plainly(node):
+        return None
     constants = [value.const_value.numpy() for value in inputs if value.const_value is not None]
     if constants and (node.op_type not in ("Add", "Mul") or any(constant_codes(array) is None for array in constants)):
         return None
@@ -77,6 +79,17 @@ def averages_space(node: ir.Node) -> bool:
         return False
     rank = len(value.shape)
     return sorted(int(axis) % rank for axis in axes.const_value.numpy().reshape(-1)) == list(range(2, rank))
+
+
+def _averages_plainly(node: ir.Node) -> bool:
+    """False where onnxruntime's integer kernel knows no dilations, or divides by the wrong count at the border."""
+    dilations = node.attributes["dilations"].as_ints() if "dilations" in node.attributes else ()
+    counts = [_number(node, name) for name in ("ceil_mode", "count_include_pad")]
+    return all(step == 1 for step in dilations) and not all(counts)
+
+
+def _number(node: ir.Node, name: str) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else 0
 
 
 def clip_range(node: ir.Node) -> tuple[float, float] | None:

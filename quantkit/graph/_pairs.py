@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from quantkit.graph.regions import Regions
 
 Constant = Callable[[Array, str], ir.Value]
-# Float operators whose constant weights onnxruntime quantizes by itself where they stand between two pairs.
-REQUANTIZED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+# What onnxruntime turns into integers by itself between two pairs: constant weights, with one scale for all of them,
+# and averages, wrongly where they are not among the integer nodes.
+SEIZED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "AveragePool"})
 PAD_AXES = 3
 """Index of Pad's optional list of axes."""
 
@@ -47,7 +48,7 @@ def insert_pairs(model: ir.Model, regions: Regions, params: Mapping[str, ActPara
     for node in list(model.graph):
         if node.name in regions.code_nodes:
             _read_codes(node)
-        elif node.op_type in REQUANTIZED_OPERATORS and node.name not in regions.integer_nodes:
+        elif node.op_type in SEIZED_OPERATORS and node.name not in regions.integer_nodes:
             _keep_float(node)
 
 
@@ -214,10 +215,9 @@ def _read_codes(node: ir.Node) -> None:
 
 
 def _keep_float(node: ir.Node) -> None:
-    """Separate a float layer from the pair before it, when the next pair follows it directly.
+    """Separate a float operator from the pair before it, when the next pair follows it directly.
 
-    Between two pairs onnxruntime would quantize the layer's constant weight by itself, with one scale for all of it. A
-    Sum of one value does nothing, and no optimization looks through it.
+    A Sum of one value does nothing, and no optimization looks through it.
     """
     source = node.inputs[0]
     before = source.producer() if source is not None else None

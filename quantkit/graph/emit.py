@@ -7,9 +7,6 @@ else, so that comparing them finds every mistake of packing, unpacking and kerne
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from quantkit.emitters._builder import Builder
+from quantkit.files import final_path, scratch_folder, sync
 from quantkit.graph.bias import shift_biases
 from quantkit.graph.regions import Regions, insert_pairs
 from quantkit.graph.targets import find_targets
@@ -171,38 +169,45 @@ def serialized_size(model: ir.Model) -> int:
     """Bytes that `save` will write, without writing them (within a page per tensor when data is external)."""
     if inline_bytes(model) > PROTOBUF_LIMIT:
         return inline_bytes(model)
-    return int(ir.to_proto(model).ByteSize())
+    return int(ir.to_proto(_loaded(model)).ByteSize())
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write the model so that `path` is always a whole file: temporary folder beside it, fsync, rename.
+    """Write the model so that `path` is always a whole file: hidden folder beside it, fsync, rename.
 
-    Weights beyond the protobuf limit go to `path.data`, streamed.
+    Weights beyond the protobuf limit go to `path.data`, streamed; smaller models are one file, also when the original
+    keeps its weights in another.
 
     Raises:
+        InputError: the path is a folder or a device.
         OSError: the folder cannot be written or the disk is full; nothing is left under the final name.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path = final_path(path)
+    data_name = path.name + ".data"
     try:
-        temporary = folder / path.name
-        data_name = path.name + ".data"
-        if inline_bytes(model) > PROTOBUF_LIMIT:
-            ir.save(model.clone(), temporary, external_data=data_name)
-        else:
-            temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-        for name in (data_name, path.name):  # the model last: with it the file is complete
-            written = folder / name
-            if written.exists():
-                _sync(written)
-                written.replace(path.with_name(name))
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with scratch_folder(path) as folder:
+            if inline_bytes(model) > PROTOBUF_LIMIT:
+                ir.save(model.clone(), folder / path.name, external_data=data_name)
+            else:
+                content = ir.to_proto(_loaded(model)).SerializeToString(deterministic=True)
+                (folder / path.name).write_bytes(content)
+            written = [folder / name for name in (data_name, path.name) if (folder / name).exists()]
+            for file in written:
+                sync(file)
+            if len(written) > 1:  # an older model under this name would now read the new weights
+                path.unlink(missing_ok=True)
+            for file in written:  # the model last: with it the file is complete
+                file.replace(path.with_name(file.name))
+            sync(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say where
+            error.filename = str(path)
+        raise
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _loaded(model: ir.Model) -> ir.Model:
+    """The model with all weights in memory; itself when they are."""
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    if not any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):
+        return model
+    return ir.external_data.load_to_model(model.clone())

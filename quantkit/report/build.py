@@ -13,6 +13,7 @@ from quantkit.budget import Budget
 from quantkit.costs.size import stored_bits
 from quantkit.forms import Option
 from quantkit.graph.emit import serialized_size
+from quantkit.report.console import short_bytes
 from quantkit.report.types import Contender, Fidelity, LayerRow, Report, Timing
 from quantkit.runtime.ort import optimized_nodes
 from quantkit.types import Plan, Target
@@ -31,13 +32,18 @@ CARRIERS = frozenset(
 
 @dataclass(frozen=True)
 class Measured:
-    """What verification found; None where there was no data to run."""
+    """What verification found; None where there was no data to run.
+
+    Attributes:
+        checked: the layers were compared with their simulation, on held-out or made-up inputs.
+    """
 
     fidelity: Comparison | None
     parity: float | None
     timings: tuple[Timing, ...]
     drop: float | None
     latency: float | None
+    checked: bool
 
 
 def build_report(
@@ -172,6 +178,8 @@ def _drop(measured: Measured) -> float | None:
 
 def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[str]:
     notes = []
+    if not measured.checked:
+        notes.append("the file loads, but could not be run on made-up inputs and was not compared; give --calib")
     if context.held_out is None:
         notes.append("no calibration data: weights only, nothing was measured; give --calib for integer activations")
     slow = [timing for timing in measured.timings if timing.speedup < 1 / 1.05]
@@ -182,7 +190,7 @@ def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[s
         )
     loaded = sum(_loaded_bytes(context.targets[name], option) for name, option in candidate.chosen.items())
     if loaded:
-        notes.append(f"weights take {loaded / 1e6:.1f} MB once loaded (the file is smaller: they are unpacked at load)")
+        notes.append(f"weights take {short_bytes(loaded)} once loaded (the file is smaller: they are unpacked at load)")
     return notes
 
 

@@ -1,0 +1,354 @@
+"""Which forms a layer may take, what they cost in accuracy, and which one is taken."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from quantkit.forms import (
+    NOISE_ALLOWANCE,
+    UNSEEN_ACTIVATION_NOISE,
+    Chooser,
+    Option,
+    choose_forms,
+    default_group_size,
+    multiply,
+    predicted_latency,
+    static_layers,
+    typical_rows,
+)
+from quantkit.graph.load import load_model
+from quantkit.graph.targets import find_targets
+from quantkit.methods import make
+from quantkit.types import ActParams, Array, FloatArray, LayerStats, QuantizedWeight, QuantSpec, Target
+
+SPEC = QuantSpec(4, 32)
+Cost = Callable[[Target, QuantSpec, str, int], tuple[float, float]]
+
+
+def load(text: str, **shapes: tuple[int, ...]) -> tuple[ir.Model, dict[str, Target]]:
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {text}')
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        proto.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    model = load_model(proto).model
+    return model, find_targets(model)[0]
+
+
+def product() -> Target:
+    text = "g (float[N,64] x) => (float[N,M] y) { y = MatMul(x, w) }"
+    return next(iter(load(text, w=(64, 48))[1].values()))
+
+
+def convolution(groups: int = 1) -> Target:
+    text = f"g (float[N,32,9,9] x) => (float[N,a,b,c] y) {{ y = Conv<group={groups}>(x, w) }}"
+    return next(iter(load(text, w=(16, 32 // groups, 3, 3))[1].values()))
+
+
+def quantize(target: Target, spec: QuantSpec) -> QuantizedWeight:
+    made: QuantizedWeight = make("quantizers", "rtn", {}).quantize(target.load(), spec, None)
+    return made
+
+
+def chooser(
+    *,
+    activations: str = "auto",
+    group_size: int | None = None,
+    static: Sequence[str] = (),
+    activation_of: Mapping[str, ActParams] | None = None,
+    stats: Mapping[str, LayerStats] | None = None,
+    cost: Cost | None = None,
+    runtime: str = "ort-cpu",
+) -> Chooser:
+    return Chooser(
+        runtime=runtime,
+        activations=activations,
+        group_size=group_size,
+        static=frozenset(static),
+        activation_of=activation_of or {},
+        stats=stats or {},
+        quantize=quantize,
+        cost=cost or (lambda target, spec, form, rows: (2.0, 1.0)),
+    )
+
+
+def rows_of(target: Target, count: int = 50) -> LayerStats:
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((target.groups, count, target.shape[1])).astype(np.float32)
+    return LayerStats(count, float(rows.min()), float(rows.max()), rows=rows, data_shapes={(count, 64): 1})
+
+
+# --- Options
+
+
+@pytest.mark.parametrize(
+    ("activations", "forms"),
+    [
+        ("auto", {"packed", "matmulnbits", "dynamic"}),
+        ("none", {"packed", "matmulnbits"}),
+        ("8", {"dynamic"}),
+    ],
+)
+def test_forms_of_a_product_by_activations(activations: str, forms: set[str]) -> None:
+    options = chooser(activations=activations).options(product(), 4)
+    assert {option.form for option in options} == forms
+    assert all(option.spec.bits == 4 for option in options)
+    assert {option.form: option.spec.act_bits for option in options} == {
+        form: 8 if form == "dynamic" else None for form in forms
+    }
+
+
+def test_a_refused_form_is_no_option() -> None:
+    target = product()
+    assert {option.form for option in chooser(group_size=7).options(target, 4)} == {"packed", "dynamic"}
+    batched = "g (float[3,N,64] x) => (float[3,N,M] y) { y = MatMul(x, w) }"
+    (target,) = load(batched, w=(3, 64, 48))[1].values()
+    assert {option.form for option in chooser(activations="8").options(target, 8)} == {"packed"}
+
+
+def test_every_other_operator_has_one_form() -> None:
+    target = convolution()
+    assert [option.form for option in chooser().options(target, 3)] == ["packed"]
+    act = {target.name: ActParams(0.01, 128)}
+    (option,) = chooser(static=[target.name], activation_of=act).options(target, 3)
+    assert (option.form, option.spec) == ("qdq", QuantSpec(3, -1, symmetric=True, act_bits=8))
+    text = "g (int64[N] x) => (float[N,M] y) { y = Gather(w, x) }"
+    (table,) = load(text, w=(100, 64))[1].values()
+    (option,) = chooser().options(table, 4)
+    assert (option.form, option.milliseconds, option.ratio) == ("gather", 0.0, None)
+
+
+def test_the_most_accurate_option_comes_first() -> None:
+    target = product()
+    for bits in (2, 4, 8):
+        noises = [option.noise for option in chooser(stats={target.name: rows_of(target)}).options(target, bits)]
+        assert noises == sorted(noises) and noises[0] > 0
+
+
+def test_group_sizes() -> None:
+    target = product()
+    assert [default_group_size(bits) for bits in (1, 2, 4, 5, 8)] == [32, 32, 32, 128, 128]
+    mine, theirs = chooser(), chooser(group_size=16)
+    assert mine.spec(target, 4, "packed") == QuantSpec(4, 32)
+    assert mine.spec(target, 6, "matmulnbits") == QuantSpec(6, 128)
+    assert mine.spec(target, 8, "dynamic") == QuantSpec(8, -1, symmetric=True, act_bits=8)
+    assert mine.spec(target, 4, "dynamic") == QuantSpec(4, 32, act_bits=8)
+    assert mine.spec(target, 4, "qdq") == QuantSpec(4, -1, symmetric=True, act_bits=8)
+    assert theirs.spec(target, 8, "packed") == QuantSpec(8, 16)
+    assert theirs.spec(target, 8, "dynamic") == QuantSpec(8, 16, act_bits=8)
+    assert chooser(group_size=-1).spec(target, 4, "packed") == QuantSpec(4, -1)
+
+
+def test_the_cost_is_asked_for_the_typical_rows() -> None:
+    target, asked = product(), []
+
+    def cost(item: Target, spec: QuantSpec, form: str, rows: int) -> tuple[float, float]:
+        asked.append((item.name, spec.bits, form, rows))
+        return 4.0, 1.0
+
+    options = chooser(stats={target.name: rows_of(target)}, cost=cost).options(target, 4)
+    assert {(name, bits, rows) for name, bits, _, rows in asked} == {(target.name, 4, 64)}
+    assert {form for _, _, form, _ in asked} == {option.form for option in options}
+    assert all(option.ratio == 0.25 for option in options)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rows"),
+    [
+        ({}, 1),
+        ({(1, 64): 5}, 1),
+        ({(8, 64): 3}, 8),
+        ({(8, 16, 64): 1}, 128),
+        ({(100, 64): 1}, 128),
+        ({(90, 64): 1}, 64),
+        ({(1, 64): 3, (512, 64): 2}, 1),
+        ({(1, 64): 2, (512, 64): 3}, 512),
+        ({(64,): 1}, 1),
+    ],
+)
+def test_typical_rows(shapes: dict[tuple[int, ...], int], rows: int) -> None:
+    assert typical_rows(LayerStats(1, 0.0, 0.0, data_shapes=shapes)) == rows
+    assert typical_rows(None) == 1
+
+
+# --- Noise
+
+
+def exact_noise(rows: Array, rounded: Array, weight: Array, effective: Array) -> float:
+    groups = rows.shape[0]
+    signal = noise = 0.0
+    for group in range(groups):
+        share = slice(group * len(weight) // groups, (group + 1) * len(weight) // groups)
+        wanted = rows[group].astype(np.float64) @ weight[share].astype(np.float64).T
+        measured = rounded[group].astype(np.float64) @ effective[share].astype(np.float64).T
+        signal += float(np.square(wanted).sum())
+        noise += float(np.square(measured - wanted).sum())
+    return noise / signal
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_noise_of_weights_is_the_direct_computation(groups: int, bits: int) -> None:
+    target = convolution(groups)
+    stats = rows_of(target)
+    assert stats.rows is not None
+    found = chooser(stats={target.name: stats}).noise(target, QuantSpec(bits, 32), "packed")
+    weight = quantize(target, QuantSpec(bits, 32)).dequantize()
+    assert found == pytest.approx(exact_noise(stats.rows, stats.rows, target.load(), weight), rel=1e-3)
+
+
+def test_noise_of_static_integers_is_the_direct_computation() -> None:
+    target, act = convolution(), ActParams(0.03, 120)
+    stats, spec = rows_of(target), QuantSpec(5, -1, symmetric=True, act_bits=8)
+    assert stats.rows is not None
+    found = chooser(stats={target.name: stats}, activation_of={target.name: act}).noise(target, spec, "qdq")
+    codes = np.clip(np.rint(stats.rows / np.float32(act.scale)) + act.zero_point, 0, 255)
+    rounded = (codes - act.zero_point) * act.scale
+    expected = exact_noise(stats.rows, rounded, target.load(), quantize(target, spec).dequantize())
+    assert found == pytest.approx(expected, rel=1e-3)
+    clipped = chooser(stats={target.name: stats}, activation_of={target.name: ActParams(0.003, 120)})
+    assert clipped.noise(target, spec, "qdq") > 10 * found
+
+
+def test_without_rows_the_weights_alone_speak() -> None:
+    target = product()
+    weight, effective = target.load(), quantize(target, SPEC).dequantize()
+    expected = float(np.square(effective.astype(np.float64) - weight).sum() / np.square(weight, dtype=np.float64).sum())
+    assert chooser().noise(target, SPEC, "packed") == pytest.approx(expected, rel=1e-6)
+    no_rows = {target.name: LayerStats(4, 0.0, 1.0)}
+    assert chooser(stats=no_rows).noise(target, SPEC, "packed") == pytest.approx(expected, rel=1e-6)
+    dynamic = chooser().noise(target, QuantSpec(8, -1, symmetric=True, act_bits=8), "dynamic")
+    assert UNSEEN_ACTIVATION_NOISE < dynamic < 2 * UNSEEN_ACTIVATION_NOISE
+
+
+def test_rows_times_weight_by_groups() -> None:
+    rng = np.random.default_rng(0)
+    rows: FloatArray = rng.standard_normal((2, 5, 3)).astype(np.float32)
+    weight: FloatArray = rng.standard_normal((8, 3)).astype(np.float32)
+    found = multiply(rows, weight)
+    assert found.shape == (2, 5, 4)
+    np.testing.assert_allclose(found[1], rows[1] @ weight[4:].T, rtol=1e-5)
+
+
+# --- The choice
+
+
+def option(form: str, noise: float, milliseconds: float, float_ms: float = 1.0) -> Option:
+    return Option(form, SPEC, noise, milliseconds, float_ms)
+
+
+def forms(chosen: Mapping[str, Option]) -> list[str]:
+    return [item.form for item in chosen.values()]
+
+
+def test_with_a_latency_budget_the_most_accurate_that_fits() -> None:
+    options = {name: [option("exact", 1e-6, 1.0), option("fast", 1e-4, 0.5)] for name in ("a", "b")}
+    options["b"][1] = option("fast", 1e-3, 0.5)
+    for budget, wanted in ((1.0, ["exact", "exact"]), (0.75, ["fast", "exact"]), (0.5, ["fast", "fast"])):
+        assert forms(choose_forms(options, model_ms=2.0, max_latency=budget)) == wanted
+    assert forms(choose_forms(options, model_ms=2.0, max_latency=0.1)) == ["fast", "fast"]  # the fastest there is
+
+
+def test_time_outside_the_layers_cannot_be_saved() -> None:
+    options = {"a": [option("exact", 1e-6, 1.0), option("fast", 1e-4, 0.5)]}
+    assert forms(choose_forms(options, model_ms=10.0, max_latency=0.95)) == ["fast"]
+    assert forms(choose_forms(options, model_ms=10.0, max_latency=1.0)) == ["exact"]
+
+
+def test_without_a_budget_the_fastest_within_the_noise_allowance() -> None:
+    close, far = NOISE_ALLOWANCE * 1e-4 * 0.99, NOISE_ALLOWANCE * 1e-4 * 1.01
+    for noise, wanted in ((close, "fast"), (far, "exact")):
+        options = {"a": [option("exact", 1e-4, 1.0), option("fast", noise, 0.5)]}
+        assert forms(choose_forms(options, model_ms=None, max_latency=None)) == [wanted]
+        assert forms(choose_forms(options, model_ms=5.0, max_latency=None)) == [wanted]
+        assert forms(choose_forms(options, model_ms=None, max_latency=0.1)) == [wanted]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_of_equally_fast_forms_the_more_accurate(order: tuple[int, ...]) -> None:
+    tied = [option("worse", 1.1e-4, 0.5), option("best", 1e-4, 0.51), option("worst", 1.2e-4, 0.49)]
+    options = {"a": [tied[index] for index in order]}
+    assert forms(choose_forms(options, model_ms=None, max_latency=None)) == ["best"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_noise_of_any_magnitude(scale: float) -> None:
+    options = {str(unit): [option("exact", 1e-6 * scale, 1.0), option("fast", 1e-2 * scale, 0.5)] for unit in range(3)}
+    options["0"][1] = option("fast", 2e-6 * scale, 0.5)
+    options["1"][1] = option("fast", 3e-6 * scale, 0.5)
+    assert forms(choose_forms(options, model_ms=3.0, max_latency=0.84)) == ["fast", "exact", "exact"]
+
+
+def test_layers_that_were_not_measured_take_part_by_noise_only() -> None:
+    options = {"a": [Option("qdq", SPEC, 1e-3, 0.0, 0.0)], "b": [option("exact", 1e-6, 1.0), option("fast", 1e-5, 0.5)]}
+    assert forms(choose_forms(options, model_ms=None, max_latency=None)) == ["qdq", "fast"]
+
+
+def test_no_layers() -> None:
+    assert choose_forms({}, model_ms=1.0, max_latency=0.5) == {}
+    assert choose_forms({}, model_ms=None, max_latency=None) == {}
+
+
+def test_predicted_latency() -> None:
+    chosen = {"a": option("x", 0.0, 0.25), "b": option("y", 0.0, 1.5), "c": Option("qdq", SPEC, 0.0, 0.0, 0.0)}
+    assert predicted_latency(chosen, 10.0) == pytest.approx(0.975, rel=1e-12)
+    assert predicted_latency({"a": option("x", 0.0, 0.0, 20.0)}, 10.0) == 0.0
+
+
+# --- Static layers
+
+CONVOLUTIONS = "a = Conv(x, w1) r = Relu(a) b = Conv(r, w2) "
+SHAPES: dict[str, tuple[int, ...]] = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "g": (16, 32), "h": (32, 32)}
+
+
+def static(body: str, *, activations: str = "auto", inputs: str = "float[N,3,9,9] x", **extra: Any) -> set[str]:
+    used = {name: shape for name, shape in SHAPES.items() if f"{name})" in body or f"{name}," in body}
+    model, targets = load(f"g ({inputs}) => (float[a,b] y) {{ {body} }}", **used, **extra)
+    return {target.node.op_type + str(target.shape[0]) for name, target in targets.items()
+            if name in static_layers(model, targets, "ort-cpu", activations)}  # fmt: skip
+
+
+def test_convolutions_are_static() -> None:
+    assert static(CONVOLUTIONS + "y = Flatten(b)") == {"Conv16"}
+    assert static(CONVOLUTIONS + "y = Flatten(b)", activations="none") == set()
+    assert static(CONVOLUTIONS + "y = Flatten(b)", activations="8") == {"Conv16"}
+
+
+def test_products_are_static_where_integers_reach_them() -> None:
+    pooled = CONVOLUTIONS + "m = GlobalAveragePool(b) f = Flatten(m) "
+    assert static(pooled + "y = MatMul(f, g)") == {"Conv16", "MatMul32"}
+    assert static(pooled + "y = Gemm(f, g)") == {"Conv16", "Gemm32"}
+    assert static(pooled + "e = Exp(f) y = Gemm(e, g)") == {"Conv16"}
+    assert static(pooled + "d = Gemm(f, g) e = Relu(d) y = Gemm(e, h)") == {"Conv16", "Gemm32"}
+    assert static(pooled + "d = Gemm(f, g) e = Exp(d) y = Gemm<transB=1>(e, h)") == {"Conv16", "Gemm32"}
+
+
+def test_products_without_convolutions_are_not_static() -> None:
+    assert static("d = MatMul(x, g) e = Relu(d) y = MatMul(e, h)", inputs="float[N,16] x") == set()
+
+
+def test_a_product_that_becomes_a_float_gemm_is_not_static() -> None:
+    pooled = CONVOLUTIONS + "m = GlobalAveragePool(b) f = Flatten(m) d = MatMul(f, g) "
+    assert static(pooled + "y = Add(d, c)", c=(32,)) == {"Conv16"}
+
+
+def test_layers_in_branches_are_not_static() -> None:
+    branches = (
+        "t = Cast<to=9>(flag) y = If(t) <then_branch = p () => (float[a,b] u) {c = Conv(r, w2) u = Flatten(c)}, "
+        "else_branch = q () => (float[a,b] v) {v = Flatten(r)}>"
+    )
+    inputs = "float[N,3,9,9] x, float flag"
+    model, targets = load(
+        f"g ({inputs}) => (float[a,b] y) {{ a = Conv(x, w1) r = Relu(a) {branches} }}",
+        w1=SHAPES["w1"], w2=SHAPES["w2"],
+    )  # fmt: skip
+    assert len(targets) == 2
+    found = static_layers(model, targets, "ort-cpu", "auto")
+    assert [target.shape for name, target in targets.items() if name in found] == [(16, 27)]
