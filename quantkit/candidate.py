@@ -107,7 +107,7 @@ class Context:
         known = self.cache.get(parts)
         if known is None:
             known = time_sessions([self.held_out.session], feed, seconds=TIMING_SECONDS)
-            self.cache.put(parts, known)
+            known = self.cache.put(parts, known)
         return known[0]
 
 
@@ -282,7 +282,7 @@ def relative_latency(context: Context, candidate: Candidate, session: Session) -
     known = context.cache.get(parts)
     if known is None:
         known = time_sessions([context.held_out.session, session], feed, seconds=TIMING_SECONDS)
-        context.cache.put(parts, known)
+        known = context.cache.put(parts, known)
     return known[1] / known[0]
 
 

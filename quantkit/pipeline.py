@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ from quantkit.verify import (
 HOLDOUT_SHARE = 0.2
 HOLDOUT_SAMPLES = 64
 FEW = 2
+# Largest integers in made-up inputs: the first one that all tables of the model are long enough for.
+MADE_UP_IDS = (99, 9, 1)
 NO_TARGETS = "no MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM or GRU has a constant weight and an input that is not"
 # Weights of a model that is run on made-up inputs, in bytes of float: it is held in memory twice for that.
 UNSEEN_LIMIT = 1 << 30
@@ -122,8 +125,7 @@ def compress(
     loaded = load_model(model)
     targets, untouched = find_targets(loaded.model, options.ignore)
     if not targets:
-        reasons = "; ".join(f"{row.name}: {row.reason}" for row in untouched[:5]) or NO_TARGETS
-        raise InputError(f"{_name(loaded, model)} has no layer to quantize: {reasons}")
+        raise InputError(f"{_name(loaded, model)} has no layer to quantize: {_reasons(untouched)}")
     reference = make_session(loaded.model, threads=options.threads)
     quantizer: WeightQuantizer = make(
         "quantizers",
@@ -144,8 +146,7 @@ def compress(
         cache=open_cache(options.cache),
     )
     if plan is not None:
-        plan = with_options(plan, options)
-        candidate, decided, contenders = apply_plan(context, plan)
+        candidate, decided, contenders = apply_plan(context, with_options(plan, options))
     else:
         candidate, decided, contenders = allocate(context, budget, progress)
     with progress.task("verifying"):
@@ -163,6 +164,10 @@ def method_settings(options: Options, name: str) -> dict[str, Any]:
     """`{"mse.steps": 40}` -> `{"steps": 40}` for the method `mse`; `auto` takes the settings of its default."""
     prefix = f"{'mse' if name == 'auto' else name}."
     return {key[len(prefix) :]: value for key, value in options.settings.items() if key.startswith(prefix)}
+
+
+def _reasons(untouched: list[Untouched]) -> str:
+    return "; ".join(f"{row.name}: {row.reason}" for row in untouched[:5]) or NO_TARGETS
 
 
 def _name(loaded: LoadedModel, model: object) -> str:
@@ -268,18 +273,14 @@ def _check_feed(context: Context, reference: Session) -> Feed | None:
     floats = sum(4 * target.shape[0] * target.shape[1] for target in context.targets.values())
     if floats > UNSEEN_LIMIT:
         return None
-    try:
-        feed = made_up_feed(reference, context.options.seed)
-        check_repeatable(reference, feed)
-    except InputError:
-        return None
-    return feed
-
-
-def made_up_feed(reference: Session, seed: int) -> Feed:
-    """Random numbers; integers are 0 or 1, which most tables and counts accept."""
-    inputs = session_inputs(reference)
-    return next(iter(random_calibration(inputs, samples=FEW, seed=seed, max_id=1))) if inputs else {}
+    for max_id in MADE_UP_IDS:
+        with suppress(InputError):
+            inputs = session_inputs(reference)
+            made_up = random_calibration(inputs, samples=FEW, seed=context.options.seed, max_id=max_id)
+            feed = next(iter(made_up))
+            check_repeatable(reference, feed)
+            return feed
+    return None
 
 
 def _measured(

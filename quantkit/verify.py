@@ -78,6 +78,8 @@ def compare(reference: Mapping[str, Array], measured: Mapping[str, Array]) -> Co
             return Comparison(-200.0, 0.0, None)
         if np.issubdtype(wanted.dtype, np.floating):
             wanted, got = _finite(wanted, got)
+            if not (np.isfinite(wanted).all() and np.isfinite(got).all()):
+                return Comparison(-200.0, 0.0, None)
             agreement = metrics.top1_agreement(wanted, got)
             rows.append((metrics.sqnr(wanted, got), metrics.cosine(wanted, got), agreement))
         elif wanted.dtype != object:

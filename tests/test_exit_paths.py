@@ -60,7 +60,7 @@ def fill(folder: Path) -> None:
     for name, model in proto.items():
         onnx.save(model, folder / f"{name}.onnx")
     for name in ("ext", "gone", "short"):
-        external = {"save_as_external_data": True, "location": f"{name}.bin", "size_threshold": 16}
+        external: dict[str, Any] = {"save_as_external_data": True, "location": f"{name}.bin", "size_threshold": 16}
         onnx.save(models.cnn(), folder / f"{name}.onnx", **external)
     (folder / "gone.bin").unlink()
     (folder / "short.bin").write_bytes((folder / "short.bin").read_bytes()[:100])

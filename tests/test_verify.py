@@ -1,4 +1,4 @@
-"""The parity gate turns red: for every form packed wrongly, a corrupted file, a runtime that computes something else."""
+"""The parity gate turns red: a form packed wrongly, a corrupted file, a runtime that computes something else."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_weight_that_changes_on_its_way_to_the_file(monkeypatch: pytest.Monkey
         right(copy, path)
 
     monkeypatch.setattr("quantkit.pipeline.save", save)
-    with pytest.raises(VerificationError, match="layer MatMul/y .* differs from its simulation"):
+    with pytest.raises(VerificationError, match=r"layer MatMul/y .* differs from its simulation"):
         compress(models.matmul(), calibration={"x": models.random(16, 64)}, activations="none", bits=(4,))
 
 

@@ -30,7 +30,7 @@ class EvaluationRequest:
 
     Attributes:
         data: read like calibration data.
-        metric: `top1`, `cosine`, `sqnr`, `kl`, `perplexity` or `module:function`.
+        metric: `top1`, `agreement`, `cosine`, `sqnr` or `module:function`.
     """
 
     data: CalibrationRequest

@@ -41,7 +41,7 @@ def add_evaluation(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval", metavar="SRC", help="held-out data, in the forms that --calib takes")
     group.add_argument(
-        "--metric", metavar="M", help="top1, cosine, sqnr, kl, perplexity or MODULE:FUNCTION (needs --eval)"
+        "--metric", metavar="M", help="top1, agreement, cosine, sqnr or MODULE:FUNCTION (needs --eval)"
     )
 
 
@@ -134,7 +134,7 @@ def evaluation_of(args: Namespace) -> EvaluationRequest | None:
             raise InputError("--metric needs held-out data: give --eval")
         return None
     if args.metric is None:
-        raise InputError("--eval needs to know what counts: give --metric (top1, cosine, sqnr, kl, ...)")
+        raise InputError("--eval needs to know what counts: give --metric (top1, agreement, cosine, sqnr)")
     return EvaluationRequest(data=_common.evaluation_data(args, args.eval), metric=args.metric)
 
 

@@ -45,12 +45,8 @@ class MatMulNBits:
             return f"groups of {spec.group_width(target.shape[1])} (the kernel has {', '.join(map(str, BLOCKS))})"
         if runtime == "ort-cpu" and spec.bits == 2 and spec.group_width(target.shape[1]) == SLOW_BLOCK:
             return f"2 bits in groups of {SLOW_BLOCK}: onnxruntime has no fast kernel"
-        if runtime == "portable" and (
-            spec.bits not in PORTABLE_BITS or target.shape[1] % spec.group_width(target.shape[1])
-        ):
-            return "blocked DequantizeLinear holds 4 and 8 bits in whole groups"
-        if runtime == "portable" and not all(_has_plain_bias(use.node) for use in target.uses):
-            return "onnxruntime fuses blocked DequantizeLinear only with a bias of one dimension"
+        if runtime == "portable":
+            return _refuse_blocked(target, spec)
         return "mid-rise grid" if spec.bits == 1 else None
 
     def effective_weight(self, weight: QuantizedWeight) -> FloatArray:
@@ -99,6 +95,19 @@ class MatMulNBits:
                 accuracy_level=ACCURACY_LEVEL,
             )
             builder.replace(use.node, product if bias is None else builder.op("Add", [product, bias]))
+
+
+def _refuse_blocked(target: Target, spec: QuantSpec) -> str | None:
+    """Where a blocked DequantizeLinear cannot hold the layer, or onnxruntime would not make MatMulNBits of it."""
+    if spec.bits not in PORTABLE_BITS or target.shape[1] % spec.group_width(target.shape[1]):
+        return "blocked DequantizeLinear holds 4 and 8 bits in whole groups"
+    if len(target.uses) > 1:
+        return "onnxruntime does not fuse blocked DequantizeLinear for a weight that several layers read"
+    if target.node.graph is not target.weight.graph:
+        return "onnxruntime does not fuse blocked DequantizeLinear inside a subgraph"
+    if not _has_plain_bias(target.node):
+        return "onnxruntime fuses blocked DequantizeLinear only with a bias of one dimension"
+    return None
 
 
 def _has_plain_bias(node: ir.Node) -> bool:
@@ -181,12 +190,11 @@ def _emit_blocked(builder: Builder, target: Target, weight: QuantizedWeight) -> 
         raise InputError(f"{target.name}: DequantizeLinear holds whole zero points of {weight.spec.bits} bits only")
     zero_points = builder.native(points.astype(np.uint8), weight.spec.bits, f"{target.name}.zero_points")
     scales = builder.const(np.ascontiguousarray(weight.scales.T), f"{target.name}.scales")  # [G, N]
-    real = builder.op(
-        "DequantizeLinear", [codes, scales, zero_points], axis=0, block_size=weight.spec.group_width(num_inputs)
-    )
+    width = weight.spec.group_width(num_inputs)
     for use in target.uses:
         bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
         data = _scaled_input(builder.at(use.node), use.data, weight, target.name)
+        real = builder.op("DequantizeLinear", [codes, scales, zero_points], axis=0, block_size=width)
         product = builder.op("MatMul", [data, real])
         builder.replace(use.node, product if bias is None else builder.op("Add", [product, bias]))
 

@@ -30,6 +30,7 @@ from tests.emitters.conftest import (
 )
 
 DECIBELS = 105.0
+KERNEL_DECIBELS = 85.0  # MatMulNBits subtracts zero points from sums, in float32: rows of zeros are zero but for that
 KIND_OF = {"dynamic": "gemm bias", "gather": "gather", "matmulnbits": "gemm bias", "packed": "conv bias", "qdq": "gemm"}
 FORM_AND_RUNTIME = [(form, runtime) for form in FORMS for runtime in RUNTIMES]
 
@@ -48,8 +49,9 @@ def check(model: ir.Model, kind: Kind, form: str, runtime: str, weight: Quantize
     check_file(emitted)
     got = make_session(emitted).run(feed)
     simulated = make_session(simulate(model, emission), optimize="none").run(feed)
-    assert disagreeing(reference(model, emission, feed), got, emission, DECIBELS) == {}
-    assert disagreeing(simulated, got, emission, DECIBELS) == {}
+    decibels = KERNEL_DECIBELS if form == "matmulnbits" else DECIBELS
+    assert disagreeing(reference(model, emission, feed), got, emission, decibels) == {}
+    assert disagreeing(simulated, got, emission, decibels) == {}
     return emission
 
 
@@ -183,7 +185,7 @@ def test_small_and_odd_shapes(name: str, runtime: str, spec: QuantSpec) -> None:
 @pytest.mark.parametrize("spec", [QuantSpec(8, -1, symmetric=True), QuantSpec(3, -1), QuantSpec(4, 16)], ids=repr)
 @pytest.mark.parametrize(("kind", "kernel"), [("gemm transB bias", "QGemm"), ("conv bias", "QLinearConv")])
 def test_bias_beyond_int32(kind: str, kernel: str, spec: QuantSpec, runtime: str) -> None:
-    """A channel of all but zero weights keeps its bias, the others keep everything, and the kernel stays an integer one."""
+    """A channel of all but zero weights keeps its bias, and the kernel stays an integer one."""
     model = stack(KINDS[kind], 1)
     target = only(model)
     matrix = target.load()

@@ -204,7 +204,7 @@ def test_a_classifier_reads_integers(build: Build, name: str) -> None:
     assert agreement(network.outputs(simulate(network.model, network.emission), literal=True), measured) >= PLAN_DB
     assert agreement(network.outputs(network.model), measured) >= FLOAT_DB
     ran = Counter(node.op_type for node in optimized_nodes(emitted))
-    assert ran["QLinearGlobalAveragePool"] == 1 and ran["QuantizeLinear"] == 1
+    assert ran["QLinearGlobalAveragePool"] == ran["QGemm"] == ran["QuantizeLinear"] == 1
 
 
 def test_a_layer_left_float_keeps_its_weights(build: Build) -> None:
@@ -227,6 +227,21 @@ def test_relus_share_a_scale_behind_a_concat(build: Build) -> None:
     layers = ["Conv/a", "Conv/b", "Conv/y"]
     alone = find_regions(load_model(model_of(build, CASES["concat of relus"])).model, layers, share_concat=False)
     assert len({alone.groups[name] for name in ("r", "q", "k")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bounds"),
+    [
+        ("relu, then clip", "p", (0.0, 0.6)),
+        ("clip on both sides", "p", (-0.3, 0.6)),
+        ("clip above only", "p", (-np.inf, 0.6)),
+        ("max pool, then relu", "p", (0.0, np.inf)),
+        ("max pool, no relu", "p", (-np.inf, np.inf)),
+    ],
+)
+def test_what_absorbed_clips_leave(build: Build, name: str, value: str, bounds: tuple[float, float]) -> None:
+    regions = prepare(model_of(build, CASES[name])).emission.regions
+    assert regions.bounds(regions.groups[value]) == pytest.approx(bounds, rel=1e-6)
 
 
 def test_names_that_are_taken(build: Build) -> None:

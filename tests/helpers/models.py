@@ -51,7 +51,8 @@ BLOCK = """g (int64[B,S] ids, float[50,64] table, float[64,64] wq, float[64,64] 
 def random(*shape: int, seed: int = 0) -> Array:
     """Normal numbers, scaled so that products keep their size."""
     rng = np.random.default_rng([seed, *shape])
-    return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    scaled: Array = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+    return scaled.astype(np.float32)
 
 
 def build(text: str, weights: Mapping[str, Array], *, opset: int = 21, ir: int = 10, domains: str = "") -> Any:
@@ -85,11 +86,11 @@ def block() -> onnx.ModelProto:
     return model
 
 
-def images(count: int = 20) -> dict[str, Array]:
+def images(count: int = 20) -> dict[str, Any]:
     return {"x": np.random.default_rng(1).standard_normal((count, 3, 8, 8)).astype(np.float32)}
 
 
-def tokens(count: int = 20) -> dict[str, Array]:
+def tokens(count: int = 20) -> dict[str, Any]:
     return {"ids": np.random.default_rng(1).integers(0, 50, (count, 6))}
 
 
