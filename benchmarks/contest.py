@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,9 @@ def _run(contest: Contest, contestants: Sequence[Contestant], folder: Path) -> l
 def _judge(contest: Contest, contestant: Contestant, path: Path, where: Environment) -> Record:
     record = Record(contest.benchmark, contest.model.name, contestant.provider, contestant.setting, where)
     if contestant.command:
-        path.unlink(missing_ok=True)
+        for left in (path, Path(f"{path}.json")):  # of an earlier run with --keep
+            left.unlink(missing_ok=True)
+        shutil.rmtree(f"{path}.cache", ignore_errors=True)
         arguments = [item.replace(OUT, str(path)) for item in contestant.command]
         done = run_isolated([*PYTHON, *arguments], memory_limit=MEMORY_LIMIT)
         record = replace(record, peak_rss_mb=done.peak_rss_mb, seconds=done.seconds)

@@ -377,8 +377,11 @@ def test_kill_during_the_write(folder: Path) -> None:
 
 
 def test_a_living_run_keeps_its_folder(tmp_path: Path) -> None:
+    for abandoned in (".a[1]*.onnx.killed", ".a1b.onnx.of-another-file"):
+        (tmp_path / abandoned).mkdir()
+        (tmp_path / abandoned / ".lock").touch()
     with scratch_folder(tmp_path / "a[1]*.onnx") as first:
         with scratch_folder(tmp_path / "a[1]*.onnx") as second:
             assert first.is_dir() and second.is_dir() and first != second
         assert first.is_dir() and not second.exists()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".a1b.onnx.of-another-file"]

@@ -144,9 +144,11 @@ def test_values_that_are_not_finite_in_the_float_model_either() -> None:
     assert compare({"y": masked}, {"y": SCORES}).sqnr == -200
 
 
-def test_indices_may_jump() -> None:
+def test_indices_and_counts_may_jump() -> None:
     indices = np.array([[0, 1, 2], [3, 4, 5]])
     assert check_parity({"i": indices[:, :2]}, {"i": indices}, {"i": indices}) == 200
+    assert check_parity({"i": indices + 1}, {"i": indices}, {"i": indices}) == 200
+    assert check_parity({"y": SCORES[:2]}, {"y": SCORES}, {"y": SCORES}) == 200
     with pytest.raises(VerificationError, match="output 'i' is int32"):
         check_parity({"i": indices.astype(np.int32)}, {"i": indices}, {"i": indices})
     assert compare({"i": indices}, {"i": indices + 1}).top1_agreement == 0

@@ -40,9 +40,7 @@ def add(parser: ArgumentParser) -> None:
 def add_evaluation(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval", metavar="SRC", help="held-out data, in the forms that --calib takes")
-    group.add_argument(
-        "--metric", metavar="M", help="top1, agreement, cosine, sqnr or MODULE:FUNCTION (needs --eval)"
-    )
+    group.add_argument("--metric", metavar="M", help="top1, agreement, cosine, sqnr or MODULE:FUNCTION (needs --eval)")
 
 
 def run(args: Namespace) -> int:

@@ -188,6 +188,26 @@ def test_contest_records_everyone(model: Path, tmp_path: Path, monkeypatch: pyte
     assert len(records[1].speed) == 1 and not records[2].speed
 
 
+def test_files_of_an_earlier_run_count_for_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copier = tmp_path / "copier.py"
+    copier.write_text("import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2])", encoding="utf-8")
+    monkeypatch.setattr(contest, "PYTHON", (sys.executable,))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "tiny-1.onnx.json").write_text("{", encoding="utf-8")
+    (kept / "tiny-2.onnx").write_bytes(b"stale")
+    (kept / "tiny-1.onnx.cache").mkdir()
+    made = Contest("tiny", model, lambda path: {}, {}, tmp_path / "results.jsonl", seconds=0.0, keep=kept)
+    copy = Contestant("onnxruntime", "copy", (str(copier), str(model), OUT))
+    missing = Contestant("onnxruntime", "missing", (str(tmp_path / "absent.py"), OUT))
+    _, first, second = run_contest(made, [float_model(), copy, missing])
+    assert (first.details, first.error) == ({}, "")
+    assert second.error and second.size_bytes is None
+    assert not (kept / "tiny-1.onnx.cache").exists()
+
+
 def test_report_shows_the_newest_of_each() -> None:
     old = replace(full_record(), accuracy={"top-1": 0.1, "cosine": 0.1})
     other = Record("resnet20", "m.onnx", "float", "float32", WHERE, size_bytes=1_144_756, accuracy={"top-1": 0.8736})

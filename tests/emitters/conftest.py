@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import pytest
 
 from quantkit import metrics
 from quantkit.calibration.accumulators import act_params
@@ -260,20 +259,3 @@ def operators(proto: onnx.ModelProto) -> set[tuple[str, str]]:
 
     walk(proto.graph.node)
     return found
-
-
-def corrupt(model: ir.Model, name: str, change: Callable[[Array], Array]) -> ir.Model:
-    """A copy in which one initializer holds something else."""
-    copy = model.clone()
-    value = copy.graph.initializers[name]
-    assert value.const_value is not None
-    before = value.const_value.numpy()
-    after = change(np.array(before))
-    assert after.shape == before.shape and not np.array_equal(after, before)
-    value.const_value = ir.Tensor(after, dtype=value.const_value.dtype, name=name)
-    return copy
-
-
-@pytest.fixture(params=RUNTIMES)
-def runtime(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
