@@ -17,7 +17,7 @@ from quantkit.costs.latency import LatencyCache, layer_cost
 from quantkit.evaluation import Evaluation
 from quantkit.forms import Chooser, Option, choose_forms, static_layers
 from quantkit.graph.bias import bias_shift, correctable
-from quantkit.graph.emit import Assignment, Emission, Emitted, emit, emitter
+from quantkit.graph.emit import Assignment, Emission, Emitted, emit, emitter, in_memory
 from quantkit.graph.load import LoadedModel
 from quantkit.graph.regions import Regions, find_regions
 from quantkit.options import Options
@@ -56,7 +56,7 @@ class HeldOut:
 
     @property
     def samples(self) -> int:
-        return sum(len(next(iter(feed.values()))) for feed in self.feeds)
+        return sum(max((len(array) for array in feed.values() if array.ndim), default=1) for feed in self.feeds)
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _digest(model: ir.Model) -> tuple[str, int]:
     from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
 
     if inline_bytes(model) <= PROTOBUF_LIMIT:
-        content = ir.to_proto(model).SerializeToString(deterministic=True)
+        content = ir.to_proto(in_memory(model)).SerializeToString(deterministic=True)
         return hashlib.sha256(content).hexdigest(), len(content)
     digest = hashlib.sha256()
     for value in model.graph.initializers.values():

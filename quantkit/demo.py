@@ -71,7 +71,7 @@ def run_demo(folder: Path, *, progress: Progress) -> list[DemoRow]:
         name = f"{bits} bits"
         paths[name] = folder / f"digits.{bits}bit.onnx"
         budget = Budget(avg_bits=float(bits))
-        result = compress(paths["float32"], calibration=feeds, budget=budget, progress=progress, output=paths[name])
+        result = compress(paths["float32"], calibration=feeds, budget=budget, progress=progress)
         result.save(paths[name])
         write_text(folder / f"digits.{bits}bit.plan.json", plan_to_json(result.plan))
         unmet[name] = result.report.unmet

@@ -176,21 +176,13 @@ def static_layers(
     if not static:
         return {}
     for name, target in able.items():
-        if target.op == "Conv" or any(_becomes_gemm(use.node) for use in target.uses):
+        if target.op == "Conv":
             continue
         layers = [node for nodes in (*static.values(), _nodes(target)) for node in nodes]
         produced = find_regions(model, layers).produced
         if all(str(use.data.name) in produced for use in target.uses):
             static[name] = _nodes(target)
     return static
-
-
-def _becomes_gemm(node: ir.Node) -> bool:
-    """onnxruntime makes one float Gemm of a plain MatMul and its bias before it looks for integer kernels."""
-    data, readers = node.inputs[0], list(node.outputs[0].uses())
-    if node.op_type != "MatMul" or (data is not None and data.shape is not None and len(data.shape) != 2):
-        return False
-    return len(readers) == 1 and readers[0].node.op_type == "Add"
 
 
 def _nodes(target: Target) -> list[str]:

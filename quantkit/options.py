@@ -50,6 +50,14 @@ class Options:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("seed", "threads", "memory_limit"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"{name} must be a whole number, got {value!r}")
+        if self.bits is not None and not all(isinstance(width, int) for width in self.bits):
+            raise InputError(f"bits must be widths from 1 to 8, got {list(self.bits)}")
+        if self.seed < 0:
+            raise InputError(f"seed must be 0 or more, got {self.seed}")
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("calibrator", self.calibrator, CALIBRATORS)
         _one_of("target", self.target, RUNTIMES)

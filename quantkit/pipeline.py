@@ -101,7 +101,6 @@ def compress(
     budget: Budget | None = None,
     plan: Plan | None = None,
     progress: Progress | None = None,
-    output: Path | None = None,
     **settings: Any,
 ) -> Result:
     """Quantize a model within a budget and prove that the result does what the plan says.
@@ -113,7 +112,6 @@ def compress(
         budget: constraints (none = 8 bits).
         plan: decisions to follow instead of allocating.
         progress: where long steps are shown.
-        output: where the caller will save, for the report.
         **settings: fields of `quantkit.options.Options`.
 
     Raises:

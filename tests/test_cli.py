@@ -112,7 +112,6 @@ def test_compress_passes_everything_on(pipeline: FakePipeline, model: Path, caps
         "evaluation": EvaluationRequest(replace(data, source="test.npz", max_samples=None), "top1"),
         "budget": Budget(4.25, Fraction(1, 4), 0.01, 0.8),
         "plan": None,
-        "output": folder / "out.onnx",
         "bits": (4, 8),
         "activations": "none",
         "allocator": "uniform",
@@ -136,10 +135,9 @@ def test_compress_passes_everything_on(pipeline: FakePipeline, model: Path, caps
 def test_defaults_are_those_of_the_options(pipeline: FakePipeline, model: Path) -> None:
     assert main(["compress", str(model), "--quiet"]) == 0
     arguments = pipeline.calls[0][1]
-    named = ("calibration", "evaluation", "budget", "plan", "progress", "output")
+    named = ("calibration", "evaluation", "budget", "plan", "progress")
     assert quantkit.Options() == quantkit.Options(**{k: v for k, v in arguments.items() if k not in named})
     assert arguments["budget"] is None and arguments["calibration"] is None
-    assert arguments["output"] == model.with_name("m.q.onnx")
     assert model.with_name("m.q.onnx").read_bytes() == b"quantized"
 
 

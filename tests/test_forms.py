@@ -334,9 +334,9 @@ def test_products_without_convolutions_are_not_static() -> None:
     assert static("d = MatMul(x, g) e = Relu(d) y = MatMul(e, h)", inputs="float[N,16] x") == set()
 
 
-def test_a_product_that_becomes_a_float_gemm_is_not_static() -> None:
+def test_a_product_and_its_bias_behind_convolutions_are_static() -> None:
     pooled = CONVOLUTIONS + "m = GlobalAveragePool(b) f = Flatten(m) d = MatMul(f, g) "
-    assert static(pooled + "y = Add(d, c)", c=(32,)) == {"Conv16"}
+    assert static(pooled + "y = Add(d, c)", c=(32,)) == {"Conv16", "MatMul32"}
 
 
 def test_layers_in_branches_are_not_static() -> None:

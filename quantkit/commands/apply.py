@@ -39,7 +39,6 @@ def run(args: Namespace) -> int:
         calibration=calibration,
         plan=load_plan(plan_file),
         progress=_common.progress_of(args),
-        output=outputs["--output"],
         **options,
     )
     return finish(args, result, outputs)

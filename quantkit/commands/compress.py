@@ -84,7 +84,6 @@ def run(args: Namespace) -> int:
         budget=None if budget.is_empty else budget,
         plan=plan,
         progress=_common.progress_of(args),
-        output=outputs["--output"],
         **options,
     )
     return finish(args, result, outputs)

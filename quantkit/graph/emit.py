@@ -169,7 +169,7 @@ def serialized_size(model: ir.Model) -> int:
     """Bytes that `save` will write, without writing them (within a page per tensor when data is external)."""
     if inline_bytes(model) > PROTOBUF_LIMIT:
         return inline_bytes(model)
-    return int(ir.to_proto(_loaded(model)).ByteSize())
+    return int(ir.to_proto(in_memory(model)).ByteSize())
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -189,7 +189,7 @@ def save(model: ir.Model, path: Path) -> None:
             if inline_bytes(model) > PROTOBUF_LIMIT:
                 ir.save(model.clone(), folder / path.name, external_data=data_name)
             else:
-                content = ir.to_proto(_loaded(model)).SerializeToString(deterministic=True)
+                content = ir.to_proto(in_memory(model)).SerializeToString(deterministic=True)
                 (folder / path.name).write_bytes(content)
             written = [folder / name for name in (data_name, path.name) if (folder / name).exists()]
             for file in written:
@@ -205,7 +205,7 @@ def save(model: ir.Model, path: Path) -> None:
         raise
 
 
-def _loaded(model: ir.Model) -> ir.Model:
+def in_memory(model: ir.Model) -> ir.Model:
     """The model with all weights in memory; itself when they are."""
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     if not any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):

@@ -42,8 +42,8 @@ class MSE:
     stats: ClassVar[frozenset[str]] = frozenset({"square_mean"})
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"mse.steps must be at least 1, got {self.steps}")
+        if not 1 <= self.steps <= 10_000:
+            raise InputError(f"mse.steps must be at least 1 and at most 10000, got {self.steps}")
         if not 0 <= self.max_shrink < 1:
             raise InputError(f"mse.max_shrink must be at least 0 and below 1, got {self.max_shrink}")
         if self.norm <= 0:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from io import StringIO
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -60,6 +61,18 @@ def report_html(report: Report) -> str:
     return console.export_html(inline_styles=True)
 
 
+# What the forms in the table mean; the plan has every layer's own reason.
+FORMS = MappingProxyType(
+    {
+        "qdq": "integer kernel, activation ranges fixed by calibration",
+        "dynamic": "integer product, activation ranges taken at run time",
+        "matmulnbits": "weights stay packed at run time, activations are rounded per block",
+        "gather": "rows are dequantized as they are looked up",
+        "packed": "packed in the file, float at run time: the most accurate form, at float speed",
+    }
+)
+
+
 def print_layers(report: Report, console: Console, *, name_width: int, all_layers: bool) -> None:
     """One row per layer; beyond the limit only those with the largest error, and a line that sums up the rest."""
     rows = report.layers
@@ -68,7 +81,7 @@ def print_layers(report: Report, console: Console, *, name_width: int, all_layer
     table.add_column("layer", no_wrap=True)
     for heading in ("bits", "bytes", "less", "err dB"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("how and why", overflow="fold")
+    table.add_column("runs as", overflow="fold")
     for row in shown:
         table.add_row(
             Text(shorten(row.name, name_width)),
@@ -76,9 +89,11 @@ def print_layers(report: Report, console: Console, *, name_width: int, all_layer
             short_bytes(row.bytes_after),
             f"{row.bytes_before / row.bytes_after:.1f}x" if row.bytes_after else "-",
             "-" if row.sqnr is None else f"{row.sqnr:.1f}",
-            Text("\n".join(part for part in (_way(row), row.reason) if part)),
+            Text(_way(row)),
         )
     console.print(table)
+    for form in sorted({row.form for row in rows if row.form is not None} & set(FORMS)):
+        console.print(f"{form}: {FORMS[form]}", soft_wrap=True)
     if len(shown) < len(rows):
         widths = Counter("float" if row.bits is None else f"{row.bits} bit" for row in rows)
         counts = ", ".join(f"{count} x {width}" for width, count in sorted(widths.items()))
@@ -164,9 +179,11 @@ def bits_text(row: LayerRow) -> str:
 
 
 def _way(row: LayerRow) -> str:
-    """`Conv as qdq > QLinearConv`: operator, form, and the kernel that runs."""
-    written = f"{row.op} as {row.form}" if row.form else row.op
-    return f"{written} > {row.kernel}" if row.kernel else written
+    """`qdq > QLinearConv, 2.9x`: form, the kernel that runs, its measured speed; for a float layer, why it is one."""
+    if row.form is None:
+        return f"{row.op}: {row.reason}"
+    kernel = f"{row.form} > {row.kernel}" if row.kernel else row.form
+    return f"{kernel}, {1 / row.latency:.1f}x" if row.latency else kernel
 
 
 def _worst(rows: Sequence[LayerRow], limit: int) -> list[LayerRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +48,7 @@ class Session:
 
 def first_line(error: BaseException) -> str:
     """The telling part of a runtime's message, short enough for one sentence."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", " ".join(str(error).split()))
     return text if len(text) <= 300 else text[:297] + "..."
 
 

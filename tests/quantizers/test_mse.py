@@ -159,7 +159,7 @@ def test_dead_inputs_do_not_disturb() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(InputError, match=r"mse.steps must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"mse.steps must be at least 1 and at most 10000, got 0"):
         MSE(steps=0)
     with pytest.raises(InputError, match=r"mse.max_shrink must be at least 0 and below 1, got 1"):
         MSE(max_shrink=1)
