@@ -2,7 +2,7 @@
 #   make demo    train a small model, compress it, compare
 #   make test    the tests
 #   make lint    ruff and mypy
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

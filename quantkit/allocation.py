@@ -209,6 +209,11 @@ def _approach(
         tried.append((candidate, figures))
         contenders.append((candidate, figures))
     fitting = [pair for pair in tried if pair[1].latency <= wanted]
+    if not fitting and context.options.activations != "8":  # where integers do not pay, floats may
+        plain = build(context, widths, recipe, name=f"{label}, weights only", integer="none")
+        tried.append((plain, measure(context, plain)))
+        contenders.append(tried[-1])
+        fitting = [pair for pair in tried[-1:] if pair[1].latency <= wanted]
     if fitting:
         return max(fitting, key=lambda pair: pair[1].sqnr)[0]
     return min(tried, key=lambda pair: pair[1].latency)[0]
@@ -231,9 +236,7 @@ def _not_slower(
 
 
 def _plan(context: Context, candidate: Candidate, recipe: Recipe) -> Plan:
-    layers = {
-        name: LayerPlan(option.spec, option.form, _reason(context, option)) for name, option in candidate.chosen.items()
-    }
+    layers = {name: LayerPlan(option.spec, option.form, _reason(option)) for name, option in candidate.chosen.items()}
     options = context.options
     settings: dict[str, Any] = {
         "allocator": "uniform" if options.allocator == "auto" else options.allocator,
@@ -248,7 +251,7 @@ def _plan(context: Context, candidate: Candidate, recipe: Recipe) -> Plan:
     return Plan(layers, candidate.emission.activations, settings)
 
 
-def _reason(context: Context, option: Option) -> str:
+def _reason(option: Option) -> str:
     if option.form == "qdq":
         return "integer convolution path"
     if option.form == "gather":
@@ -261,5 +264,4 @@ def _reason(context: Context, option: Option) -> str:
         "matmulnbits": "stays packed at run time",
         "packed": "float at run time, most accurate",
     }
-    del context
     return f"{kinds.get(option.form, option.form)}; {times}"

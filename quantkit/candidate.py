@@ -21,6 +21,7 @@ from quantkit.graph.emit import Assignment, Emission, Emitted, emit, emitter, in
 from quantkit.graph.load import LoadedModel
 from quantkit.graph.regions import Regions, find_regions
 from quantkit.options import Options
+from quantkit.provenance import provenance_bytes
 from quantkit.runtime.ort import Session, make_session, time_sessions
 from quantkit.types import (
     ActParams,
@@ -38,6 +39,7 @@ from quantkit.verify import compare, run_all
 
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse")
 TIMING_SECONDS = 1.0
+LATENCY_DOUBT = 0.15  # in logarithms: figures that differ by more are not the same
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,8 @@ def assemble(
     shifts = bias_shifts(context, layers) if bias_correction else {}
     emission = Emission(layers, regions, dict(params), context.options.target, shifts)
     emitted = emit(context.loaded.model, emission)
-    content = _digest(emitted.model)
-    return Candidate(name, chosen, emission, emitted, content[0], content[1])
+    content, size = _digest(emitted.model)
+    return Candidate(name, chosen, emission, emitted, content, size + provenance_bytes(context))
 
 
 def bias_shifts(context: Context, layers: Mapping[str, Assignment]) -> dict[str, FloatArray]:
@@ -256,10 +258,13 @@ def _digest(model: ir.Model) -> tuple[str, int]:
 
 
 def measure(context: Context, candidate: Candidate) -> Measurement:
-    """Run a candidate on the held-out samples."""
-    if context.held_out is None:
-        return Measurement(candidate.size, 0.0, 0.0, 1.0)
+    """Run a candidate on the held-out samples, or on the user's evaluation data alone; unknown drops are infinite."""
+    if context.held_out is None and context.evaluation is None:
+        return Measurement(candidate.size, 0.0, math.inf, 1.0)
     session = make_session(candidate.emitted.model, threads=context.options.threads)
+    if context.held_out is None:
+        assert context.evaluation is not None
+        return Measurement(candidate.size, 0.0, context.evaluation.drop(session), 1.0)
     outputs = run_all(session, context.held_out.feeds)
     found = compare(context.held_out.outputs, outputs)
     if context.evaluation is not None:
@@ -269,8 +274,12 @@ def measure(context: Context, candidate: Candidate) -> Measurement:
     return Measurement(candidate.size, found.sqnr, drop, relative_latency(context, candidate, session))
 
 
-def relative_latency(context: Context, candidate: Candidate, session: Session) -> float:
-    """Measured beside the float model on the typical held-out feed; remembered by content, so runs repeat."""
+def relative_latency(context: Context, candidate: Candidate, session: Session, *, check: bool = False) -> float:
+    """Measured beside the float model on the typical held-out feed; remembered by content, so runs repeat.
+
+    Args:
+        check: measure again, and believe the new figure when the remembered one is far off (a loaded machine).
+    """
     assert context.held_out is not None
     feed = typical_feed(context.held_out.feeds)
     parts = {
@@ -283,6 +292,10 @@ def relative_latency(context: Context, candidate: Candidate, session: Session) -
     if known is None:
         known = time_sessions([context.held_out.session, session], feed, seconds=TIMING_SECONDS)
         known = context.cache.put(parts, known)
+    elif check:
+        fresh = time_sessions([context.held_out.session, session], feed, seconds=TIMING_SECONDS)
+        if abs(math.log(fresh[1] / fresh[0] / (known[1] / known[0]))) > LATENCY_DOUBT:
+            known = context.cache.put(parts, fresh, replace=True)
     return known[1] / known[0]
 
 

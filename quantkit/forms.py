@@ -105,6 +105,8 @@ class Chooser:
         act_bits = 8 if form in ("qdq", "dynamic") else None
         by_row = form == "qdq" or (form == "dynamic" and bits == 8)
         default = -1 if by_row else default_group_size(bits)
+        if form in ("packed", "dynamic") and not by_row:  # the kernels behind the other forms want powers of two
+            default = even_groups(target.shape[1], default)
         group_size = default if self.group_size is None else self.group_size
         return QuantSpec(bits, group_size, symmetric=by_row and group_size == -1, act_bits=act_bits)
 
@@ -133,6 +135,13 @@ class Chooser:
 def default_group_size(bits: int) -> int:
     """Inputs per scale when the user does not say: finer where codes are coarse."""
     return 32 if bits <= 4 else 128
+
+
+def even_groups(num_inputs: int, group_size: int) -> int:
+    """The group size near the one given that fills up least: 576 inputs make 4 groups of 144, not 5 of 128."""
+    if num_inputs <= group_size or num_inputs % group_size == 0:
+        return group_size
+    return -(-num_inputs // max(round(num_inputs / group_size), 1))
 
 
 def multiply(rows: FloatArray, weight: FloatArray) -> FloatArray:
@@ -226,9 +235,3 @@ def _stepped(option: Option) -> float:
     if not option.float_ms:
         return 0.0
     return round(option.milliseconds / option.float_ms / LATENCY_STEP) * LATENCY_STEP * option.float_ms
-
-
-def predicted_latency(chosen: Mapping[str, Option], model_ms: float) -> float:
-    """Time of the whole model relative to float, from its layers' measurements."""
-    change = sum(option.milliseconds - option.float_ms for option in chosen.values())
-    return max(model_ms + change, 0.0) / model_ms

@@ -50,6 +50,10 @@ class Options:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.cache, str):
+            object.__setattr__(self, "cache", Path(self.cache))
+        if isinstance(self.bits, int):
+            object.__setattr__(self, "bits", (self.bits,))
         for name in ("seed", "threads", "memory_limit"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

@@ -118,6 +118,7 @@ def compress(
         InputError: anything wrong with model, data or settings, in one sentence.
         VerificationError: the emitted model does not compute what the plan says.
     """
+    check_arguments(budget, evaluation, plan)
     options = make_options(settings if plan is None else planned_options(plan, settings))
     budget, progress = budget or Budget(), progress or SilentProgress()
     loaded = load_model(model)
@@ -131,7 +132,7 @@ def compress(
         method_settings(options, options.quantizer),
     )
     data = _open_data(calibration, reference, options)
-    collected = _collect(loaded, targets, quantizer, data, options, plan, progress)
+    collected = _collect(loaded, targets, quantizer, data, options, progress)
     context = Context(
         loaded=loaded,
         targets=targets,
@@ -151,6 +152,14 @@ def compress(
         return _finish(
             context, budget, candidate, decided, contenders, data, untouched, _name(loaded, model), reference
         )
+
+
+def check_arguments(budget: object, evaluation: object, plan: object) -> None:
+    """Raises: InputError where a Python caller passes something else than the type asked for."""
+    wanted = (("budget", budget, Budget), ("evaluation", evaluation, EvaluationRequest), ("plan", plan, Plan))
+    for name, value, kind in wanted:
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} must be a {kind.__name__}, got {value!r}")
 
 
 def apply(model: str | Path | onnx.ModelProto | ir.Model, plan: Plan, **arguments: Any) -> Result:
@@ -201,7 +210,6 @@ def _collect(
     quantizer: WeightQuantizer,
     data: _Data,
     options: Options,
-    plan: Plan | None,
     progress: Progress,
 ) -> Collected:
     """Statistics for the quantizer, rows for the error figures, histograms for static integer layers."""
@@ -213,7 +221,6 @@ def _collect(
     histograms = {name: group for name, group in regions.groups.items() if not _moved(loaded.model, name, regions)}
     request = Request(targets, quantizer.stats | ERROR_STATS, histograms)
     settings = Settings(options.memory_limit, options.threads, options.seed)
-    del plan
     return collect(loaded.model, data.calibration, request, settings, progress)
 
 
@@ -284,9 +291,9 @@ def _check_feed(context: Context, reference: Session) -> Feed | None:
 def _measured(
     context: Context, candidate: Candidate, session: Session, outputs: Any, parity: float | None, checked: bool
 ) -> Measured:
-    if context.held_out is None or outputs is None or parity is None:
-        return Measured(None, parity, (), None, None, checked)
-    timings = measure_timings(context.held_out.session, session, context.held_out.feeds)
     drop = None if context.evaluation is None else context.evaluation.drop(session)
-    latency = relative_latency(context, candidate, session)
+    if context.held_out is None or outputs is None or parity is None:
+        return Measured(None, parity, (), drop, None, checked)
+    timings = measure_timings(context.held_out.session, session, context.held_out.feeds)
+    latency = relative_latency(context, candidate, session, check=True)
     return Measured(compare(context.held_out.outputs, outputs), parity, timings, drop, latency, checked)

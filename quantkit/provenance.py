@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 PACKAGES = ("quantkit", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
 
+def provenance_bytes(context: Context) -> int:
+    """Bytes that the stamps add to a file: known before any of them is."""
+    stamps = provenance(context, "", "0" * 64)
+    # key and value each have a tag and a length, and so has the entry; entries stay below 128 bytes or near it
+    return sum(len(key) + len(value) + 6 + (len(value) > 100) for key, value in stamps.items())
+
+
 def provenance(context: Context, plan: str, calibration_digest: str) -> dict[str, str]:
     """metadata_props of the emitted model; nothing in it changes from one run to the next.
 

@@ -19,8 +19,8 @@ from quantkit.forms import (
     Option,
     choose_forms,
     default_group_size,
+    even_groups,
     multiply,
-    predicted_latency,
     static_layers,
     typical_rows,
 )
@@ -296,10 +296,13 @@ def test_no_layers() -> None:
     assert choose_forms({}, model_ms=None, max_latency=None) == {}
 
 
-def test_predicted_latency() -> None:
-    chosen = {"a": option("x", 0.0, 0.25), "b": option("y", 0.0, 1.5), "c": Option("qdq", SPEC, 0.0, 0.0, 0.0)}
-    assert predicted_latency(chosen, 10.0) == pytest.approx(0.975, rel=1e-12)
-    assert predicted_latency({"a": option("x", 0.0, 0.0, 20.0)}, 10.0) == 0.0
+@pytest.mark.parametrize(
+    ("num_inputs", "group_size", "wanted"),
+    [(576, 128, 144), (144, 128, 144), (33, 32, 33), (27, 32, 32), (384, 128, 128), (200, 128, 100), (90, 32, 30)],
+)
+def test_groups_fill_up_little(num_inputs: int, group_size: int, wanted: int) -> None:
+    assert even_groups(num_inputs, group_size) == wanted
+    assert -(-num_inputs // wanted) * wanted - num_inputs < max(wanted - num_inputs, 0) + -(-num_inputs // wanted)
 
 
 # --- Static layers

@@ -75,7 +75,7 @@ def add_files(parser: ArgumentParser) -> None:
 def add_method_choice(parser: ArgumentParser) -> None:
     """Which methods decide."""
     group = parser.add_argument_group("methods")
-    group.add_argument("--bits", metavar="LIST", help="widths to choose from, such as 2,3,4,8 (default: all)")
+    group.add_argument("--bits", metavar="LIST", help="widths to choose from, such as 2,3,4,8 (default: 2 to 8)")
     group.add_argument(
         "--activations", choices=ACTIVATIONS, default="auto", help="8-bit integer activations (default: auto)"
     )

@@ -61,10 +61,16 @@ class LatencyCache:
     def get(self, parts: Mapping[str, object]) -> list[float] | None:
         return self.entries.get(_key(parts))
 
-    def put(self, parts: Mapping[str, object], values: list[float]) -> list[float]:
-        """The figures to use from now on: these, rounded, or those that another process stored in the meantime."""
-        self.entries[_key(parts)] = [float(f"{value:.4g}") for value in values]
-        self.entries.update(_read(self.folder))
+    def put(self, parts: Mapping[str, object], values: list[float], *, replace: bool = False) -> list[float]:
+        """The figures to use from now on: these, rounded, or those that another process stored in the meantime.
+
+        Args:
+            replace: these in any case, because those stored are in doubt.
+        """
+        rounded = [float(f"{value:.4g}") for value in values]
+        self.entries.update({_key(parts): rounded} | _read(self.folder))
+        if replace:
+            self.entries[_key(parts)] = rounded
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f"latency.{os.getpid()}.tmp"

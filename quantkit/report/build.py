@@ -178,6 +178,8 @@ def _drop(measured: Measured) -> float | None:
 
 def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[str]:
     notes = []
+    if candidate.size > context.loaded.size:
+        notes.append("the file is larger than the float one: its layers are too small for what unpacking them costs")
     if not measured.checked:
         notes.append("the file loads, but could not be run on made-up inputs and was not compared; give --calib")
     if context.held_out is None:

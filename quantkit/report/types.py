@@ -51,6 +51,8 @@ class Timing:
 class Fidelity:
     """Emitted model against the float model on held-out samples, all outputs together (worst output when several).
 
+    Calibration did not see these samples; the choice between calibrators and forms did.
+
     Attributes:
         sqnr: dB.
         cosine: mean cosine similarity per sample.

@@ -170,12 +170,6 @@ def time_sessions(sessions: Sequence[Session], feed: Feed, *, seconds: float = 1
     return [float(np.median(samples)) * 1000 for samples in times]
 
 
-def paired_ratio(sessions: tuple[Session, Session], feed: Feed, *, seconds: float = 1.0) -> tuple[float, float]:
-    """(first ms, second ms) by medians; see time_sessions."""
-    first, second = time_sessions(sessions, feed, seconds=seconds)
-    return first, second
-
-
 def input_specs(session: Session) -> Mapping[str, tuple[str, tuple[int | str | None, ...]]]:
     """Input name -> (onnxruntime type such as `tensor(float)`, shape with names for dynamic sizes)."""
     return {item.name: (item.type, tuple(item.shape)) for item in session._session.get_inputs()}

@@ -1,0 +1,96 @@
+"""Budgets against real runs: what is counted is what is written, and what is measured decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import quantkit
+from quantkit import candidate as candidates
+from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
+from quantkit.costs.latency import open_cache
+from quantkit.errors import InputError
+from quantkit.types import Measurement
+from tests.helpers import models
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    models.quick(monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_a_candidate_is_as_large_as_its_file(tmp_path: Path) -> None:
+    report = quantkit.compress(models.cnn(), calibration=models.images(16), calibrator="minmax").report
+    chosen = [row for row in report.contenders if row.chosen]
+    assert len(chosen) == 1
+    assert 0 <= chosen[0].size - report.size_after <= 8  # the allowance for stamps is an upper bound
+    result = quantkit.compress(models.cnn())
+    result.save(tmp_path / "out.onnx")
+    assert result.report.size_after == (tmp_path / "out.onnx").stat().st_size
+
+
+def test_an_evaluation_without_calibration_decides(tmp_path: Path) -> None:
+    np.savez(tmp_path / "eval.npz", **models.images(12))
+    evaluation = EvaluationRequest(CalibrationRequest(str(tmp_path / "eval.npz")), "cosine")
+    strict = quantkit.compress(models.cnn(), evaluation=evaluation, budget=quantkit.Budget(max_drop=1e-4))
+    loose = quantkit.compress(models.cnn(), evaluation=evaluation, budget=quantkit.Budget(max_drop=0.2))
+    assert strict.report.average_bits > loose.report.average_bits
+    assert not any("cannot be checked" in sentence for sentence in strict.report.unmet)
+
+
+def test_an_unknown_drop_meets_no_budget() -> None:
+    report = quantkit.compress(models.cnn(), budget=quantkit.Budget(max_drop=0.5)).report
+    assert report.average_bits == 8.0
+    assert any("the accuracy budget cannot be checked" in sentence for sentence in report.unmet)
+
+
+def test_floats_are_tried_where_integers_are_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = candidates.measure
+
+    def slow_integers(context: candidates.Context, candidate: candidates.Candidate) -> Measurement:
+        integer = any(option.form == "qdq" for option in candidate.chosen.values())
+        return replace(measure(context, candidate), latency=2.0 if integer else 0.9)
+
+    monkeypatch.setattr("quantkit.allocation.measure", slow_integers)
+    result = quantkit.compress(
+        models.cnn(),
+        calibration=models.images(16),
+        calibrator="minmax",
+        budget=quantkit.Budget(max_latency=1.0),
+    )
+    assert {layer.form for layer in result.plan.layers.values()} <= {"packed", "matmulnbits"}
+
+
+def test_a_doubtful_time_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(tmp_path)
+    assert cache.put({"a": 1}, [1.0, 3.0]) == [1.0, 3.0]
+    assert cache.put({"a": 1}, [1.0, 1.0]) == [1.0, 3.0]  # the first stays ...
+    assert cache.put({"a": 1}, [1.0, 1.0], replace=True) == [1.0, 1.0]  # ... unless it is in doubt
+    assert open_cache(tmp_path).get({"a": 1}) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"budget": "4"}, r"budget must be a Budget, got '4'"),
+        ({"evaluation": "x"}, r"evaluation must be a EvaluationRequest, got 'x'"),
+        ({"plan": {}}, r"plan must be a Plan, got \{\}"),
+        ({"seed": "0"}, r"seed must be a whole number, got '0'"),
+        ({"seed": -1}, r"seed must be 0 or more, got -1"),
+        ({"bits": ("4",)}, r"bits must be widths from 1 to 8, got \['4'\]"),
+    ],
+)
+def test_wrong_arguments(arguments: Mapping[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        quantkit.compress(models.cnn(), **arguments)
+
+
+def test_natural_arguments(tmp_path: Path) -> None:
+    report = quantkit.compress(models.cnn(), bits=4, cache=str(tmp_path / "cache")).report
+    assert report.average_bits == 4.0
