@@ -56,8 +56,8 @@ def load_model(model: str | Path | onnx.ModelProto | ir.Model, *, opset: int = 2
     """
     source = Path(model) if isinstance(model, (str, Path)) else None
     where = str(source) if source else "the model"
-    with _quiet():
-        opened, size, digest = _open(source or model)
+    with quiet():
+        opened, size, digest = open_model(model)
         _check_versions(opened, where)
         spare = opened.clone()
         try:
@@ -71,10 +71,14 @@ def load_model(model: str | Path | onnx.ModelProto | ir.Model, *, opset: int = 2
     return LoadedModel(normalised, source, size, digest, (*notes, *_weight_notes(normalised)))
 
 
-def _open(model: object) -> tuple[ir.Model, int, str]:
-    """The model as it is, its size and its digest."""
-    if isinstance(model, Path):
-        return _open_file(model)
+def open_model(model: object) -> tuple[ir.Model, int, str]:
+    """The model as it is, the bytes of its original and their digest; a model given in memory is not changed.
+
+    Raises:
+        InputError: the file or its external data cannot be read or leaves the model's folder, or the model is broken.
+    """
+    if isinstance(model, (str, Path)):
+        return _open_file(Path(model))
     if isinstance(model, onnx.ModelProto):
         return _open_proto(model)
     if isinstance(model, ir.Model):
@@ -83,7 +87,7 @@ def _open(model: object) -> tuple[ir.Model, int, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the passes' own remarks off the console: what matters becomes a note or an error."""
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]

@@ -1,0 +1,351 @@
+"""onnx_ir graph -> Program: slots for values, converters for nodes, the last reader of every value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from quantkit.errors import InputError
+from quantkit.runtime.torch_backend._dtypes import FLOATS, SUB_BYTE, Carriers, Packed, packed_bytes, to_torch_tensor
+from quantkit.runtime.torch_backend._functions import Expansion, FunctionKey, expand
+from quantkit.runtime.torch_backend._program import Placement, Program, Step
+from quantkit.runtime.torch_backend._table import find
+from quantkit.runtime.torch_backend._types import Node, Op, Value
+
+_Read = tuple[ir.Value, bool]
+"""A value of an outer graph, and whether it is read as numbers."""
+INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL})
+MAX_NESTING = 64
+
+
+@dataclass
+class State:
+    """What nested programs need while they run; one per module."""
+
+    placement: Placement | None = None
+
+
+@dataclass(frozen=True)
+class CompiledBody:
+    """A subgraph that a converter calls.
+
+    Attributes:
+        program: the subgraph.
+        positions: which of the node's captured values it reads, in the order of `program.captured`.
+        state: of the module.
+    """
+
+    program: Program
+    positions: tuple[int, ...]
+    state: State
+
+    def __call__(self, formal: Sequence[Value], captured: Sequence[Value]) -> list[Value]:
+        chosen = [captured[position] for position in self.positions]
+        return self.program(list(formal), chosen, self.state.placement)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An initializer that the program reads.
+
+    Attributes:
+        name: of its value.
+        tensor: the data; bytes where `packed`.
+        packed: how to unpack it.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    packed: Packed | None
+
+
+@dataclass
+class Compiled:
+    """The main program and what it needs.
+
+    Attributes:
+        constants: slot -> tensor that moves with the module.
+        host: slot -> tensor that stays on the CPU: shapes, axes, counts.
+        names: name of an input or a computed value of the main graph -> slot.
+        inputs: input name -> slot.
+        defaults: name of an input that is also an initializer -> slot of the initializer.
+    """
+
+    program: Program
+    constants: Mapping[int, Constant]
+    host: Mapping[int, torch.Tensor]
+    names: Mapping[str, int]
+    inputs: Mapping[str, int]
+    defaults: Mapping[str, int]
+
+
+@dataclass
+class _Compiler:
+    """What all graphs of one model share."""
+
+    carriers: Carriers
+    functions: Mapping[FunctionKey, onnx.FunctionProto]
+    state: State
+    unsupported: dict[str, list[str]] = field(default_factory=dict)
+    tensors: dict[ir.Value, tuple[torch.Tensor, Packed | None]] = field(default_factory=dict)
+
+    def tensor(self, value: ir.Value) -> tuple[torch.Tensor, Packed | None]:
+        """An initializer's data, read once."""
+        if value not in self.tensors:
+            source = value.const_value
+            assert source is not None
+            if source.dtype in SUB_BYTE:
+                shape = tuple(int(size) for size in source.shape.numpy())
+                self.tensors[value] = (packed_bytes(source), Packed(source.dtype, shape))
+            else:
+                data = to_torch_tensor(source.numpy(), source.dtype)
+                if source.dtype in FLOATS and data.dtype != self.carriers(source.dtype):
+                    data = data.to(self.carriers(source.dtype))
+                self.tensors[value] = (data, None)
+        return self.tensors[value]
+
+
+class _Scope:
+    """One graph being compiled."""
+
+    def __init__(self, compiler: _Compiler, parent: _Scope | None, opsets: Mapping[str, int]) -> None:
+        self.compiler, self.parent, self.opsets = compiler, parent, opsets
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.slots: dict[ir.Value, int] = {}
+        self.outside: dict[_Read, int] = {}
+        self.constants: dict[int, Constant] = {}
+        self.host: dict[int, torch.Tensor] = {}
+        self.on_host: set[ir.Value] = set()
+        self.steps: list[Step] = []
+        self.count = 0
+
+    def new(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def define(self, value: ir.Value) -> int:
+        self.slots[value] = self.new()
+        return self.slots[value]
+
+    def reads(self, value: ir.Value, as_number: bool = False) -> int:
+        """The slot to read a value from; what this graph does not define comes from outside.
+
+        Args:
+            as_number: the input is a shape, axis or count: a constant then never leaves the CPU.
+        """
+        if value in self.slots:
+            return self.slots[value]
+        read = (value, as_number and value.const_value is not None)
+        if read not in self.outside:
+            self.outside[read] = self.new() if self.parent is not None else self._constant(*read)
+        return self.outside[read]
+
+    def _constant(self, value: ir.Value, as_number: bool) -> int:
+        if value.const_value is None:
+            raise InputError(f"the model reads {value.name!r}, which nothing defines")
+        tensor, packed = self.compiler.tensor(value)
+        slot = self.new()
+        if as_number:
+            self.host[slot] = tensor if packed is None else packed.unpack(tensor)
+            return slot
+        self.constants[slot] = Constant(str(value.name), tensor, packed)
+        if packed is None:
+            return slot
+        # Unpacked right before its first reader and forgotten after the last one.
+        unpacked = self.new()
+        self.steps.append(Step(packed.unpack, (slot,), (unpacked,), (), (), (), f"unpack {value.name}"))
+        return unpacked
+
+    def is_on_host(self, value: ir.Value) -> bool:
+        """A shape or count, computed from shapes."""
+        if value in self.on_host:
+            return True
+        return self.parent is not None and value not in self.slots and self.parent.is_on_host(value)
+
+
+def compile_model(model: ir.Model, carriers: Carriers, state: State) -> Compiled:
+    """Convert every node.
+
+    Raises:
+        InputError: operators that nothing here computes, all of them named; a node that its converter refuses.
+    """
+    functions = {key: ir.serde.serialize_function(function) for key, function in model.functions.items()}
+    compiler = _Compiler(carriers, functions, state)
+    scope = _Scope(compiler, None, dict(model.opset_imports))
+    graph = model.graph
+    overridable = [value for value in graph.inputs if value.const_value is not None]
+    defaults = {str(value.name): scope.reads(value, value.dtype in SUB_BYTE) for value in overridable}
+    scope.outside.clear()  # from here on these names mean the inputs
+    inputs = {str(value.name): scope.define(value) for value in graph.inputs}
+    _add_nodes(scope, graph)
+    if compiler.unsupported:
+        named = "; ".join(
+            f"{op} (nodes {', '.join(repr(n) for n in names)})" for op, names in sorted(compiler.unsupported.items())
+        )
+        raise InputError(f"the torch backend has no converter for: {named}")
+    outputs = tuple(scope.reads(value) for value in graph.outputs)
+    program = _finished(scope, tuple(inputs.values()), (), outputs)
+    computed = {str(value.name): slot for value, slot in scope.slots.items()}
+    return Compiled(program, scope.constants, scope.host, computed, inputs, defaults)
+
+
+def _add_nodes(scope: _Scope, graph: ir.Graph) -> None:
+    for node in graph:
+        if node.op_type == "Constant" and node.domain == "":
+            _make_constant(node)
+            continue
+        _add_node(scope, node)
+
+
+def _make_constant(node: ir.Node) -> None:
+    """The node's output becomes an initializer of the outermost graph: nothing there defines it."""
+    output = node.outputs[0]
+    if output.const_value is not None:
+        return
+    (attribute,) = (item for item in node.attributes.values() if item.name.startswith(("value", "sparse_value")))
+    kinds = {"value_float": ir.DataType.FLOAT, "value_floats": ir.DataType.FLOAT}
+    if attribute.name == "value":
+        output.const_value = attribute.as_tensor()
+    elif attribute.name in ("value_float", "value_floats", "value_int", "value_ints"):
+        dtype = kinds.get(attribute.name, ir.DataType.INT64)
+        output.const_value = ir.tensor(attribute.value, dtype=dtype, name=output.name)
+    else:
+        raise InputError(f"the torch backend has no {attribute.name} constants (node {node.name!r})")
+
+
+def _add_node(scope: _Scope, node: ir.Node) -> None:
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    version = scope.opsets.get(domain, 1)
+    op = (
+        None
+        if (node.domain, node.op_type, node.overload) in scope.compiler.functions
+        else find(domain, node.op_type, version)
+    )
+    if op is None:
+        expansion = expand(node, scope.opsets, scope.compiler.functions) if scope.depth < MAX_NESTING else None
+        if expansion is not None:
+            _add_expansion(scope, node, expansion)
+            return
+        label = node.op_type if domain == "" else f"{domain}.{node.op_type}"
+        scope.compiler.unsupported.setdefault(label, []).append(str(node.name or node.outputs[0].name))
+        for value in node.outputs:
+            scope.define(value)
+        return
+    _add_step(scope, node, op, version)
+
+
+def _add_step(scope: _Scope, node: ir.Node, op: Op, version: int) -> None:
+    attributes, captured = _attributes(scope, node)
+    values = list(node.inputs)
+    described = Node(
+        op=node.op_type,
+        version=version,
+        name=str(node.name or node.outputs[0].name),
+        attributes=attributes,
+        input_types=tuple(None if value is None else value.dtype for value in values),
+        output_types=tuple(value.dtype for value in node.outputs),
+        num_captured=len(captured),
+        dtypes=scope.compiler.carriers,
+    )
+    run = op.convert(described)
+    host = tuple(position for position in op.host if position < len(values) and values[position] is not None)
+    data = [value for position, value in enumerate(values) if value is not None and position not in op.host]
+    stays = _stays_on_host(scope, node, op, data)
+    slots: list[int | None] = []
+    for position, value in enumerate(values):
+        if value is None:
+            slots.append(None)
+        else:
+            slots.append(scope.reads(value, position in host or stays))
+    slots += [scope.reads(*read) for read in captured]
+    # Captured values are placed by the steps that read them, inside.
+    moved = (
+        () if stays or op.to_host else tuple(p for p in range(len(values)) if p not in host and values[p] is not None)
+    )
+    outputs = tuple(scope.define(value) if value.name else None for value in node.outputs)
+    if stays or op.to_host:
+        scope.on_host.update(node.outputs)
+    scope.steps.append(Step(run, tuple(slots), outputs, host, moved, (), f"{node.op_type} {described.name!r}"))
+
+
+def _stays_on_host(scope: _Scope, node: ir.Node, op: Op, data: Sequence[ir.Value]) -> bool:
+    """Whether the node is shape arithmetic: nothing that it reads lies on the device."""
+    computed = [value for value in data if value.const_value is None]
+    if computed:
+        return all(scope.is_on_host(value) for value in computed)
+    if not op.host or op.to_host:
+        return False
+    # Only numbers in: Range, ConstantOfShape. Integers out are mostly indices and shapes again.
+    return not data and all(value.dtype in INTEGERS for value in node.outputs)
+
+
+def _attributes(scope: _Scope, node: ir.Node) -> tuple[dict[str, Any], list[_Read]]:
+    """Attributes as plain values, and what their subgraphs read from outside."""
+    plain: dict[str, Any] = {}
+    programs: dict[str, tuple[Program, list[_Read]]] = {}
+    for name, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.GRAPH:
+            programs[name] = _body(scope, attribute.as_graph(), scope.opsets)
+        elif attribute.type == ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            data = to_torch_tensor(tensor.numpy(), tensor.dtype)
+            plain[name] = data.to(scope.compiler.carriers(tensor.dtype)) if tensor.dtype in FLOATS else data
+        else:
+            plain[name] = attribute.value
+    captured = list(dict.fromkeys(read for _, reads in programs.values() for read in reads))
+    for name, (program, reads) in programs.items():
+        positions = tuple(captured.index(read) for read in reads)
+        plain[name] = CompiledBody(program, positions, scope.compiler.state)
+    return plain, captured
+
+
+def _body(scope: _Scope, graph: ir.Graph, opsets: Mapping[str, int]) -> tuple[Program, list[_Read]]:
+    """A nested graph, and the values of outer graphs that it reads."""
+    inner = _Scope(scope.compiler, scope, opsets)
+    inputs = tuple(inner.define(value) for value in graph.inputs)
+    _add_nodes(inner, graph)
+    outputs = tuple(inner.reads(value) for value in graph.outputs)
+    program = _finished(inner, inputs, tuple(inner.outside.values()), outputs)
+    return program, list(inner.outside)
+
+
+def _add_expansion(scope: _Scope, node: ir.Node, expansion: Expansion) -> None:
+    program, captured = _body(scope, expansion.graph, expansion.opsets)
+    state = scope.compiler.state
+    count = len(program.inputs)
+    single = len(node.outputs) == 1
+
+    def run(*args: Value) -> Value:
+        formal = (*args[: len(node.inputs)], *[None] * (count - len(node.inputs)))
+        results = iter(program(formal, args[len(node.inputs) :], state.placement))
+        values = tuple(next(results) if produced else None for produced in expansion.produced)
+        return values[0] if single else values
+
+    slots = [None if value is None else scope.reads(value) for value in node.inputs]
+    slots += [scope.reads(*read) for read in captured]
+    outputs = tuple(scope.define(value) if value.name else None for value in node.outputs)
+    label = f"{node.op_type} {str(node.name or node.outputs[0].name)!r}"
+    scope.steps.append(Step(run, tuple(slots), outputs, (), (), (), label))
+
+
+def _finished(scope: _Scope, inputs: tuple[int, ...], captured: tuple[int, ...], outputs: tuple[int, ...]) -> Program:
+    """With the last reader of every slot known."""
+    kept = {*outputs, *scope.constants, *scope.host}
+    last: dict[int, int] = {}
+    for index, step in enumerate(scope.steps):
+        for slot in (*step.inputs, *step.outputs):
+            if slot is not None and slot not in kept:
+                last[slot] = index
+    frees: dict[int, list[int]] = {}
+    for slot, index in last.items():
+        frees.setdefault(index, []).append(slot)
+    steps = tuple(
+        Step(s.run, s.inputs, s.outputs, s.host, s.device, tuple(frees.get(index, ())), s.label)
+        for index, s in enumerate(scope.steps)
+    )
+    return Program(steps, inputs, captured, outputs, scope.count)
