@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from quantkit.budget import Budget
-from quantkit.candidate import CALIBRATION_METHODS, Candidate, Context, Recipe, bias_shifts, build, measure
+from quantkit.candidate import CALIBRATION_METHODS, Candidate, Context, Recipe, assemble, bias_shifts, build, measure
 from quantkit.costs.size import layer_bytes
 from quantkit.forms import Chooser, Option, static_layers
 from quantkit.methods import make
@@ -18,6 +19,7 @@ from quantkit.types import AllocationProblem, Allocator, LayerPlan, Measurement,
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 TRIES = 4
 CORRECTION_GAIN_DB = 0.3
+FINE = 8  # bits from which on the layers before no longer change what a layer sees
 # A measured time between ROOM and 1 times the budget is near enough; corrections aim at AIM times it.
 ROOM = 0.9
 AIM = 0.96
@@ -36,6 +38,7 @@ def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
         candidate = _within_size(context, budget, recipe)
         candidate, recipe = _corrected(context, budget, recipe, candidate, contenders)
         candidate = _within_latency(context, budget, recipe, candidate, contenders)
+    candidate, recipe = _sequenced(context, recipe, candidate, contenders)
     last = max((index for index, row in enumerate(contenders) if row[0] is candidate), default=-1)
     rows = tuple(
         Contender(other.name, other.size, figures.sqnr, figures.latency, index == last)
@@ -44,17 +47,13 @@ def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
     return candidate, _plan(context, candidate, recipe), rows
 
 
-def _widths(specs: Mapping[str, QuantSpec]) -> dict[str, int]:
-    return {name: spec.bits for name, spec in specs.items()}
-
-
 def _calibrator(context: Context, contenders: list[tuple[Candidate, Measurement]]) -> str:
     """The user's, or the one with which 8-bit integers come closest to the float model on held-out samples."""
     if context.options.calibrator != "auto":
         return context.options.calibrator
     if not context.histograms or context.held_out is None:
         return "minmax"
-    widths = dict.fromkeys(context.targets, 8)
+    widths = dict.fromkeys(context.targets, QuantSpec(8))
     best, best_sqnr = "minmax", -float("inf")
     for method in CALIBRATION_METHODS:
         candidate = build(context, widths, Recipe(method), name=f"8 bits, {method}")
@@ -74,7 +73,7 @@ def _problem(context: Context, budget: Budget, recipe: Recipe, fixed_size: int) 
         return tuple(chooser.spec(targets[name], bits, _sizing_form(chooser, name, context)) for bits in widths)
 
     def evaluate(chosen: Mapping[str, QuantSpec]) -> Measurement:
-        return measure(context, build(context, _widths(chosen), recipe, name="trial", max_latency=budget.max_latency))
+        return measure(context, build(context, chosen, recipe, name="trial", max_latency=budget.max_latency))
 
     return AllocationProblem(
         targets=targets,
@@ -121,16 +120,15 @@ def _within_size(context: Context, budget: Budget, recipe: Recipe) -> Candidate:
     floats = sum(4 * target.shape[0] * target.shape[1] for target in context.targets.values())
     fixed_size = max(context.loaded.size - floats, 0)
     tried: list[Candidate] = []
-    seen: list[dict[str, int]] = []
+    seen: list[Mapping[str, QuantSpec]] = []
     for _ in range(TRIES):
         problem = _problem(context, budget, recipe, fixed_size)
         specs = allocator.allocate(problem)
-        widths = _widths(specs)
-        if widths in seen:
+        if specs in seen:
             break
-        seen.append(widths)
-        label = f"{name} {'/'.join(str(bits) for bits in sorted(set(widths.values())))}"
-        tried.append(build(context, widths, recipe, name=label, max_latency=budget.max_latency))
+        seen.append(specs)
+        label = f"{name} {_bits_label(context, specs)}"
+        tried.append(build(context, specs, recipe, name=label, max_latency=budget.max_latency))
         if limit is None:
             break
         layers = sum(problem.size(context.targets[key], spec) for key, spec in specs.items())
@@ -139,6 +137,15 @@ def _within_size(context: Context, budget: Budget, recipe: Recipe) -> Candidate:
     fitting = [candidate for candidate in tried if limit is None or candidate.size <= limit]
     # The largest that fits holds the most bits; when nothing fits, the smallest comes nearest.
     return max(fitting, key=lambda item: item.size) if fitting else min(tried, key=lambda item: item.size)
+
+
+def _bits_label(context: Context, specs: Mapping[str, QuantSpec]) -> str:
+    """The widths, or their average where groups have widths of their own."""
+    if all(spec.group_bits is None for spec in specs.values()):
+        return "/".join(str(bits) for bits in sorted({spec.bits for spec in specs.values()}))
+    shapes = {name: context.targets[name].shape for name in specs}
+    bits = sum(spec.average_bits(shapes[name][1]) * math.prod(shapes[name]) for name, spec in specs.items())
+    return f"{bits / sum(math.prod(shape) for shape in shapes.values()):.3g}"
 
 
 def _corrected(
@@ -151,10 +158,10 @@ def _corrected(
     """With bias correction where that measurably helps on held-out samples."""
     if context.held_out is None or not bias_shifts(context, candidate.emission.layers):
         return candidate, recipe
-    widths = {name: option.spec.bits for name, option in candidate.chosen.items()}
+    specs = candidate.asked
     corrected = replace(recipe, bias_correction=True)
     label = f"{candidate.name}, bias corrected"
-    other = build(context, widths, corrected, name=label, max_latency=budget.max_latency)
+    other = build(context, specs, corrected, name=label, max_latency=budget.max_latency)
     before, after = measure(context, candidate), measure(context, other)
     contenders.extend([(candidate, before), (other, after)])
     return (other, corrected) if after.sqnr > before.sqnr + CORRECTION_GAIN_DB else (candidate, recipe)
@@ -170,15 +177,37 @@ def _within_latency(
     """Measure; without a latency budget, never end slower than float; with one, approach it from either side."""
     if context.held_out is None:
         return candidate
-    widths = {name: option.spec.bits for name, option in candidate.chosen.items()}
+    specs = candidate.asked
     figures = measure(context, candidate)
     if all(other is not candidate for other, _ in contenders):
         contenders.append((candidate, figures))
     if budget.max_latency is None:
         if figures.latency <= SLOWER:
             return candidate
-        return _not_slower(context, recipe, widths, candidate, figures, contenders)
+        return _not_slower(context, recipe, specs, candidate, figures, contenders)
     return _approach(context, budget.max_latency, recipe, (candidate, figures), contenders)
+
+
+def _sequenced(
+    context: Context, recipe: Recipe, candidate: Candidate, contenders: list[tuple[Candidate, Measurement]]
+) -> tuple[Candidate, Recipe]:
+    """Every layer quantized again, on what the layers before it really produce: kept when asked for, or when better."""
+    wanted = context.options.inputs
+    if wanted == "float" or context.calibration is None:
+        return candidate, recipe
+    inputs = {name: target.shape[1] for name, target in context.targets.items()}
+    narrow = any(option.spec.average_bits(inputs[name]) < FINE for name, option in candidate.chosen.items())
+    if wanted == "auto" and not narrow:
+        return candidate, recipe
+    sequential = replace(recipe, sequential=True)
+    regions, params = candidate.emission.regions, candidate.emission.activations
+    label = f"{candidate.name}, on quantized inputs"
+    other = assemble(context, candidate.chosen, regions, params, label, sequential)
+    other = replace(other, asked=candidate.asked)
+    after = measure(context, other)
+    before = next(figures for known, figures in contenders if known is candidate)
+    contenders.append((other, after))
+    return (other, sequential) if wanted == "quantized" or after.sqnr > before.sqnr else (candidate, recipe)
 
 
 def _approach(
@@ -194,7 +223,7 @@ def _approach(
     corrected by what was measured, until the forms no longer change.
     """
     candidate, figures = start
-    widths = {name: option.spec.bits for name, option in candidate.chosen.items()}
+    specs = candidate.asked
     tried = [(candidate, figures)]
     asked = wanted
     label = candidate.name
@@ -202,7 +231,7 @@ def _approach(
         if ROOM * wanted <= figures.latency <= wanted:
             break
         asked *= min(max(AIM * wanted / figures.latency, 1 / LARGEST_STEP), LARGEST_STEP)
-        candidate = build(context, widths, recipe, name=f"{label} ({attempt + 2})", max_latency=asked)
+        candidate = build(context, specs, recipe, name=f"{label} ({attempt + 2})", max_latency=asked)
         if candidate.content in {other.content for other, _ in tried}:
             break
         figures = measure(context, candidate)
@@ -210,7 +239,7 @@ def _approach(
         contenders.append((candidate, figures))
     fitting = [pair for pair in tried if pair[1].latency <= wanted]
     if not fitting and context.options.activations != "8":  # where integers do not pay, floats may
-        plain = build(context, widths, recipe, name=f"{label}, weights only", integer="none")
+        plain = build(context, specs, recipe, name=f"{label}, weights only", integer="none")
         tried.append((plain, measure(context, plain)))
         contenders.append(tried[-1])
         fitting = [pair for pair in tried[-1:] if pair[1].latency <= wanted]
@@ -222,14 +251,14 @@ def _approach(
 def _not_slower(
     context: Context,
     recipe: Recipe,
-    widths: Mapping[str, int],
+    specs: Mapping[str, QuantSpec],
     candidate: Candidate,
     figures: Measurement,
     contenders: list[tuple[Candidate, Measurement]],
 ) -> Candidate:
     if context.options.activations == "8":
         return candidate
-    other = build(context, widths, recipe, name=f"{candidate.name}, weights only", integer="none")
+    other = build(context, specs, recipe, name=f"{candidate.name}, weights only", integer="none")
     measured = measure(context, other)
     contenders.append((other, measured))
     return other if measured.latency < figures.latency else candidate
@@ -240,9 +269,11 @@ def _plan(context: Context, candidate: Candidate, recipe: Recipe) -> Plan:
     options = context.options
     settings: dict[str, Any] = {
         "allocator": "uniform" if options.allocator == "auto" else options.allocator,
-        "quantizer": "mse" if options.quantizer == "auto" else options.quantizer,
+        "quantizer": options.quantizer,
         "calibrator": recipe.calibrator,
         "bias_correction": recipe.bias_correction,
+        "inputs": "quantized" if recipe.sequential else "float",
+        "augment": options.augment,
         "calibrated": context.held_out is not None,
         "target": options.target,
         "seed": options.seed,

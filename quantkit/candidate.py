@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 from quantkit.calibration import accumulators
 from quantkit.calibration.accumulators import Distribution
+from quantkit.calibration.augment import Augmented, token_inputs
+from quantkit.calibration.data import CalibrationData
 from quantkit.costs.latency import LatencyCache, layer_cost
 from quantkit.evaluation import Evaluation
 from quantkit.forms import Chooser, Option, choose_forms, static_layers
@@ -22,7 +24,9 @@ from quantkit.graph.load import LoadedModel
 from quantkit.graph.regions import Regions, find_regions
 from quantkit.options import Options
 from quantkit.provenance import provenance_bytes
+from quantkit.report.progress import Progress, SilentProgress
 from quantkit.runtime.ort import Session, make_session, time_sessions
+from quantkit.sequential import Settings, quantize_sequentially
 from quantkit.types import (
     ActParams,
     Array,
@@ -70,6 +74,7 @@ class Context:
         histograms: value group -> distribution.
         held_out: None when there is no data at all.
         evaluation: the user's metric, or None.
+        calibration: the samples themselves; None without data.
     """
 
     loaded: LoadedModel
@@ -81,17 +86,24 @@ class Context:
     held_out: HeldOut | None
     evaluation: Evaluation | None
     cache: LatencyCache
+    calibration: CalibrationData | None = None
+    progress: Progress = field(default_factory=SilentProgress)
     weights: dict[tuple[str, QuantSpec], QuantizedWeight] = field(default_factory=dict)
 
     def quantize(self, target: Target, spec: QuantSpec) -> QuantizedWeight:
         """The quantized weight; each (target, spec without activations) is made once."""
-        stored = QuantSpec(spec.bits, spec.group_size, spec.symmetric)
+        stored = replace(spec, act_bits=None)
         key = (target.name, stored)
         if key not in self.weights:
-            self.weights[key] = self.quantizer.quantize(target.load(), stored, self.stats.get(target.name))
+            stats = seen_by(self.quantizer, self.stats.get(target.name))
+            made = self.quantizer.quantize(target.load(), stored, stats)
+            self.weights[key] = made
+            self.weights.setdefault((target.name, made.spec), made)  # asked for again with the widths that it chose
         return self.weights[key]
 
     def cost(self, target: Target, spec: QuantSpec, form: str, rows: int) -> tuple[float, float]:
+        if spec.group_bits is not None:  # the kernel is that of the widest group
+            spec = replace(spec, bits=max(spec.group_bits), group_bits=None)
         found = layer_cost(
             target, spec, form, rows, cache=self.cache, runtime=self.options.target, threads=self.options.threads
         )
@@ -113,6 +125,14 @@ class Context:
         return known[0]
 
 
+def seen_by(quantizer: WeightQuantizer, stats: LayerStats | None) -> LayerStats | None:
+    """The statistics that a quantizer asks for: what was collected for others must not change its answer."""
+    if stats is None:
+        return None
+    hidden = {name: None for name in ("abs_mean", "mean", "square_mean", "gram", "rows") if name not in quantizer.stats}
+    return replace(stats, **hidden)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One emitted model and the decisions behind it.
@@ -123,6 +143,7 @@ class Candidate:
         emitted: the graph.
         content: its serialisation's sha256, without provenance.
         size: bytes of the file.
+        asked: target name -> the width, or the groups' widths, that the forms were chosen for.
     """
 
     name: str
@@ -131,6 +152,7 @@ class Candidate:
     emitted: Emitted
     content: str
     size: int
+    asked: Mapping[str, QuantSpec] = field(default_factory=dict)
 
 
 def typical_feed(feeds: Sequence[Feed]) -> Feed:
@@ -167,15 +189,17 @@ class Recipe:
     Attributes:
         calibrator: how ranges are taken from histograms.
         bias_correction: shift biases by what rounding does to the outputs' means.
+        sequential: quantize every layer on what the quantized layers before it produce.
     """
 
     calibrator: str
     bias_correction: bool = False
+    sequential: bool = False
 
 
 def build(
     context: Context,
-    widths: Mapping[str, int],
+    specs: Mapping[str, QuantSpec],
     recipe: Recipe,
     *,
     name: str,
@@ -185,13 +209,13 @@ def build(
     """Choose forms for the widths, quantize, emit.
 
     Args:
-        widths: target name -> bits; absent targets stay float.
+        specs: target name -> width, or widths of its groups; absent targets stay float.
         recipe: calibrator and bias correction.
         integer: overrides the run's `activations` option.
     """
     options = context.options
     mode = integer or options.activations
-    targets = {key: context.targets[key] for key in widths}
+    targets = {key: context.targets[key] for key in specs}
     model = context.loaded.model
     static = static_layers(model, targets, options.target, mode) if context.histograms else {}
     regions = find_regions(model, [node for nodes in static.values() for node in nodes])
@@ -207,9 +231,9 @@ def build(
         quantize=context.quantize,
         cost=context.cost,
     )
-    choices = {key: chooser.options(target, widths[key]) for key, target in targets.items()}
+    choices = {key: chooser.options(target, specs[key]) for key, target in targets.items()}
     chosen = choose_forms(choices, model_ms=context.model_ms, max_latency=max_latency)
-    return assemble(context, chosen, regions, params, name, recipe.bias_correction)
+    return replace(assemble(context, chosen, regions, params, name, recipe), asked=dict(specs))
 
 
 def assemble(
@@ -218,18 +242,41 @@ def assemble(
     regions: Regions,
     params: Mapping[str, ActParams],
     name: str,
-    bias_correction: bool,
+    recipe: Recipe,
 ) -> Candidate:
     """Quantize and emit what was chosen."""
-    layers = {
-        key: Assignment(option.form, context.quantize(context.targets[key], option.spec))
-        for key, option in chosen.items()
-    }
-    shifts = bias_shifts(context, layers) if bias_correction else {}
+    if recipe.sequential:
+        layers, shifts = _sequential(context, chosen, recipe)
+    else:
+        layers = {
+            key: Assignment(option.form, context.quantize(context.targets[key], option.spec))
+            for key, option in chosen.items()
+        }
+        shifts = bias_shifts(context, layers) if recipe.bias_correction else {}
     emission = Emission(layers, regions, dict(params), context.options.target, shifts)
     emitted = emit(context.loaded.model, emission)
     content, size = _digest(emitted.model)
     return Candidate(name, chosen, emission, emitted, content, size + provenance_bytes(context))
+
+
+def _sequential(
+    context: Context, chosen: Mapping[str, Option], recipe: Recipe
+) -> tuple[dict[str, Assignment], dict[str, FloatArray]]:
+    """The layers one after the other, each on what those before it really produce, and what their biases gain."""
+    assert context.calibration is not None
+    options = context.options
+    data = Augmented(context.calibration, token_inputs(context.targets), options.augment, options.seed)
+    found = quantize_sequentially(
+        context.loaded.model,
+        context.targets,
+        {key: option.spec for key, option in chosen.items()},
+        data,
+        context.quantizer,
+        Settings(threads=options.threads, seed=options.seed, bias=recipe.bias_correction),
+        context.progress,
+        effective=lambda target, weight: emitter(chosen[target.name].form).effective_weight(weight),
+    )
+    return {key: Assignment(chosen[key].form, weight) for key, weight in found.weights.items()}, dict(found.shifts)
 
 
 def bias_shifts(context: Context, layers: Mapping[str, Assignment]) -> dict[str, FloatArray]:

@@ -11,7 +11,7 @@ for all layers together:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -78,13 +78,22 @@ class Chooser:
     quantize: Callable[[Target, QuantSpec], QuantizedWeight]
     cost: Callable[[Target, QuantSpec, str, int], tuple[float, float]]
 
-    def options(self, target: Target, bits: int) -> list[Option]:
-        """All forms that can hold the layer at this width; the most accurate first."""
+    def options(self, target: Target, asked: QuantSpec) -> list[Option]:
+        """All forms that can hold the layer at this width; the most accurate first.
+
+        Args:
+            asked: its `bits`, stored as suits each form; where its groups have widths of their own, stored like that.
+        """
         found = []
         for form in self._forms(target):
-            spec = self.spec(target, bits, form)
+            spec = self.spec(target, asked.bits, form)
+            if asked.group_bits is not None:
+                spec = replace(asked, act_bits=spec.act_bits)
             if emitter(form).refuse(target, spec, self.runtime) is None:
-                found.append(self._option(target, spec, form))
+                # The quantizer may have widths of its own for the groups, which not every form holds.
+                spec = replace(spec, group_bits=self.quantize(target, spec).spec.group_bits)
+                if emitter(form).refuse(target, spec, self.runtime) is None:
+                    found.append(self._option(target, spec, form))
         return sorted(found, key=lambda option: option.noise)
 
     def _forms(self, target: Target) -> Sequence[str]:

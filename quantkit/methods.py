@@ -19,7 +19,7 @@ from typing import Any
 
 from quantkit.errors import InputError
 
-KINDS = ("allocators", "quantizers", "emitters")
+KINDS = ("allocators", "quantizers", "transforms", "emitters")
 EXTRAS = types.MappingProxyType(
     {
         "torch": "torch",
@@ -57,6 +57,25 @@ def check(kind: str, name: str) -> None:
         raise InputError(f"there is no {kind[:-1]} {name!r}; {hint}known {kind}: {', '.join(names) or 'none'}")
 
 
+def transform_names(text: str | None) -> tuple[str, ...]:
+    """`cle,smoothquant` -> ("cle", "smoothquant"); empty for None, `none` and `auto`.
+
+    Raises:
+        InputError: a name that there is not, or one that is given twice.
+    """
+    if text in (None, "none", "auto"):
+        return ()
+    assert text is not None
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name in ("none", "auto"):
+            raise InputError(f"transform {name!r} cannot go with others, got {text!r}")
+        check("transforms", name)
+        if names.count(name) > 1:
+            raise InputError(f"transform {name!r} is given twice in {text!r}")
+    return names
+
+
 def describe(kind: str, name: str) -> str:
     """The docstring of the method's file, read without importing it."""
     check(kind, name)
@@ -77,7 +96,7 @@ def make(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     """The method, ready to use.
 
     Args:
-        kind: `allocators`, `quantizers` or `emitters`.
+        kind: `allocators`, `quantizers`, `transforms` or `emitters`.
         name: file name.
         settings: of this method, `{"steps": 40}`; texts are converted to the field's type.
 

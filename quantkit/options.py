@@ -12,6 +12,7 @@ from quantkit.errors import InputError
 RUNTIMES = ("ort-cpu", "portable")
 ACTIVATIONS = ("auto", "8", "none")
 CALIBRATORS = ("auto", "minmax", "percentile", "entropy", "mse")
+INPUTS = ("auto", "float", "quantized")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,12 @@ class Options:
         bits: widths the allocator may choose from; None = every width the target runs.
         activations: `8` = integer activations wherever possible, `none` = weights only, `auto` = by measurement.
         allocator, quantizer: method file names (`uniform`, `rtn`, `mse`, ...) or `auto`.
+        transform: rescaling before quantization: `none`, `auto` (by measurement), or names such as `cle,smoothquant`
+            in order; None = `awq` for the quantizer `awq`, else `none`.
         calibrator: how activation ranges are taken from histograms; `auto` measures all of them.
+        inputs: what a layer is quantized on: `float` = its inputs in the float model, `quantized` = what the layers
+            before it, already quantized, really produce, `auto` = the latter below 8 bits where that measurably helps.
+        augment: disturbed copies of every calibration text that `quantized` inputs are taken from too.
         group_size: inputs per scale; None = 32 up to 4 bits, 128 above, one per row for integer convolutions.
         target: the runtime to emit for, `ort-cpu` or `portable` (standard operators only).
         ignore: layer names, or `re:` patterns, that stay float.
@@ -38,7 +44,10 @@ class Options:
     activations: str = "auto"
     allocator: str = "auto"
     quantizer: str = "auto"
+    transform: str | None = None
     calibrator: str = "auto"
+    inputs: str = "auto"
+    augment: int = 1
     group_size: int | None = None
     target: str = "ort-cpu"
     ignore: tuple[str, ...] = ()
@@ -54,7 +63,9 @@ class Options:
             object.__setattr__(self, "cache", Path(self.cache))
         if isinstance(self.bits, int):
             object.__setattr__(self, "bits", (self.bits,))
-        for name in ("seed", "threads", "memory_limit"):
+        if self.transform is not None and not isinstance(self.transform, str):
+            raise InputError(f"transform must be none, auto or names such as cle,awq, got {self.transform!r}")
+        for name in ("seed", "threads", "memory_limit", "augment"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputError(f"{name} must be a whole number, got {value!r}")
@@ -64,10 +75,13 @@ class Options:
             raise InputError(f"seed must be 0 or more, got {self.seed}")
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("calibrator", self.calibrator, CALIBRATORS)
+        _one_of("inputs", self.inputs, INPUTS)
         _one_of("target", self.target, RUNTIMES)
         wrong = [width for width in self.bits or () if not 1 <= width <= 8]
         if wrong or self.bits == ():
             raise InputError(f"bits must be widths from 1 to 8, got {list(self.bits or ())}")
+        if not 0 <= self.augment <= 100:
+            raise InputError(f"augment must be at least 0 and at most 100, got {self.augment}")
         if self.memory_limit < 1 << 20:
             raise InputError(f"memory limit must be at least 1MB, got {self.memory_limit} bytes")
         if self.threads < 0:

@@ -1,11 +1,16 @@
-"""compress(): load, find targets, calibrate, allocate, choose forms, emit, verify, in the order of its lines."""
+"""compress(): load, find targets, rescale, calibrate, allocate, choose forms, emit, verify, in the order of its lines.
+
+Transforms change weights so that the float model computes the same; statistics are collected again behind them. What
+held-out samples are compared with stays the original model throughout.
+"""
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from quantkit import forms
-from quantkit.allocation import allocate
+from quantkit.allocation import CORRECTION_GAIN_DB, Outcome, allocate
 from quantkit.budget import Budget
 from quantkit.calibration.collector import Collected, Request, Settings, collect
 from quantkit.calibration.data import CalibrationData, random_calibration
@@ -35,8 +40,9 @@ from quantkit.provenance import provenance
 from quantkit.report.build import Measured, build_report
 from quantkit.report.progress import Progress, SilentProgress
 from quantkit.report.types import Contender, Report
+from quantkit.rescaling import Rescaled, choices, planned, rescale, search_bits
 from quantkit.runtime.ort import Session, make_session
-from quantkit.types import Feed, Plan, Target, WeightQuantizer
+from quantkit.types import Allocator, Feed, LayerStats, Plan, Target, WeightQuantizer
 from quantkit.verify import (
     check_parity,
     check_repeatable,
@@ -128,30 +134,101 @@ def compress(
     reference = make_session(loaded.model, threads=options.threads)
     quantizer: WeightQuantizer = make(
         "quantizers",
-        "mse" if options.quantizer == "auto" else options.quantizer,
+        options.quantizer,
         method_settings(options, options.quantizer),
     )
     data = _open_data(calibration, reference, options)
-    collected = _collect(loaded, targets, quantizer, data, options, progress)
-    context = Context(
-        loaded=loaded,
-        targets=targets,
-        options=options,
-        quantizer=quantizer,
-        stats=collected.stats,
-        histograms=collected.histograms,
-        held_out=data.held_out,
-        evaluation=None if evaluation is None else _evaluation(evaluation, reference),
-        cache=open_cache(options.cache),
-    )
+    judge = None if evaluation is None else _evaluation(evaluation, reference)
+    run = _Run(Rescaled(loaded, targets), options, quantizer, data, judge, progress)
     if plan is not None:
-        candidate, decided, contenders = apply_plan(context, with_options(plan, options))
+        names, bits = planned(plan)
+        changed = run.rescaled(names, bits)
+        context = run.context(changed)
+        outcome = apply_plan(context, with_options(plan, options))
     else:
-        candidate, decided, contenders = allocate(context, budget, progress)
+        changed, context, outcome = _best(run, budget)
+    candidate, decided, contenders = outcome
+    decided = changed.recorded(decided)
     with progress.task("verifying"):
-        return _finish(
+        result = _finish(
             context, budget, candidate, decided, contenders, data, untouched, _name(loaded, model), reference
         )
+    return replace(result, report=replace(result.report, scales=changed.rows))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all transforms of one run share."""
+
+    original: Rescaled
+    options: Options
+    quantizer: WeightQuantizer
+    data: _Data
+    evaluation: Any
+    progress: Progress
+
+    def rescaled(self, names: Sequence[str], bits: int) -> Rescaled:
+        if not names:
+            return self.original
+        with self.progress.task("rescaling"):
+            statistics = None if self.data.calibration is None else self._statistics
+            return rescale(self.original.loaded, self.original.targets, names, bits, self.options, statistics)
+
+    def _statistics(
+        self, model: ir.Model, targets: Mapping[str, Target], wanted: frozenset[str]
+    ) -> Mapping[str, LayerStats]:
+        assert self.data.calibration is not None
+        settings = Settings(self.options.memory_limit, self.options.threads, self.options.seed)
+        return collect(model, self.data.calibration, Request(targets, wanted, {}), settings, self.progress).stats
+
+    def context(self, changed: Rescaled) -> Context:
+        """Everything that allocation looks at, collected from the rescaled model."""
+        collected = _collect(changed.loaded, changed.targets, self.quantizer, self.data, self.options, self.progress)
+        return Context(
+            loaded=changed.loaded,
+            targets=changed.targets,
+            options=self.options,
+            quantizer=self.quantizer,
+            stats=collected.stats,
+            histograms=collected.histograms,
+            held_out=self.data.held_out,
+            evaluation=self.evaluation,
+            cache=open_cache(self.options.cache),
+            calibration=self.data.calibration,
+            progress=self.progress,
+        )
+
+
+def _best(run: _Run, budget: Budget) -> tuple[Rescaled, Context, Outcome]:
+    """Allocate; with `--transform auto` once for each transform, and keep one that measurably helps."""
+    bits = search_bits(budget, run.options, run.original.loaded.size)
+    first, *others = choices(run.options, has_data=run.data.held_out is not None)
+    changed = run.rescaled(first, bits)
+    context = run.context(changed)
+    best = (changed, context, allocate(context, budget, run.progress))
+    if not others:
+        return best
+    rows = list(best[2][2])
+    least = chosen_sqnr(rows) + CORRECTION_GAIN_DB
+    for names in others:
+        changed = run.rescaled(names, bits)
+        if not changed.changed:
+            continue
+        context = run.context(changed)
+        outcome = allocate(context, budget, run.progress)
+        label = f", {' and '.join(names)}"
+        tried = [replace(row, name=row.name + label) for row in outcome[2]]
+        keep = chosen_sqnr(tried) > least
+        if keep:
+            best, least = (changed, context, outcome), chosen_sqnr(tried)
+        losers, winners = (rows, tried) if keep else (tried, rows)
+        rows = [replace(row, chosen=False) for row in losers] + winners
+    return best[0], best[1], (*best[2][:2], tuple(rows))
+
+
+def chosen_sqnr(rows: Sequence[Contender]) -> float:
+    """dB of the candidate that was kept."""
+    return next((row.sqnr for row in rows if row.chosen), -math.inf)
 
 
 def check_arguments(budget: object, evaluation: object, plan: object) -> None:
@@ -168,9 +245,10 @@ def apply(model: str | Path | onnx.ModelProto | ir.Model, plan: Plan, **argument
 
 
 def method_settings(options: Options, name: str) -> dict[str, Any]:
-    """`{"mse.steps": 40}` -> `{"steps": 40}` for the method `mse`; `auto` takes the settings of its default."""
-    prefix = f"{'mse' if name == 'auto' else name}."
-    return {key[len(prefix) :]: value for key, value in options.settings.items() if key.startswith(prefix)}
+    """`{"mse.steps": 40}` -> `{"steps": 40}` for the method `mse`; `auto` takes those of the methods it uses too."""
+    owners = ("mse", "gptq", "auto") if name == "auto" else (name,)
+    pairs = [(owner, key, value) for owner in owners for key, value in options.settings.items()]
+    return {key[len(owner) + 1 :]: value for owner, key, value in pairs if key.startswith(f"{owner}.")}
 
 
 def _reasons(untouched: list[Untouched]) -> str:
@@ -219,7 +297,8 @@ def _collect(
     regions = find_regions(loaded.model, [node for nodes in static.values() for node in nodes])
     # Where a shape operator moves codes, the value before it has told everything.
     histograms = {name: group for name, group in regions.groups.items() if not _moved(loaded.model, name, regions)}
-    request = Request(targets, quantizer.stats | ERROR_STATS, histograms)
+    allocator: Allocator = make("allocators", "uniform" if options.allocator == "auto" else options.allocator, {})
+    request = Request(targets, quantizer.stats | allocator.stats | ERROR_STATS, histograms)
     settings = Settings(options.memory_limit, options.threads, options.seed)
     return collect(loaded.model, data.calibration, request, settings, progress)
 

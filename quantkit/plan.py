@@ -11,6 +11,9 @@
       "settings": {"seed": 0}
     }
 
+Groups of different widths are named in order, runs of equal ones together: "group_bits": "4x12 3x4 8" means 12 groups
+of 4 bits, 4 of 3 bits and one of 8; a list of numbers says the same. `bits` is then what the layer was asked for.
+
 `Plan.layers` keeps the rules as they stand, `match` -> decision; `resolve` turns them into one decision per layer.
 A plan that `compress` made has one rule per layer, by name.
 """
@@ -18,6 +21,7 @@ A plan that `compress` made has one rule per layer, by name.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 import sys
@@ -27,15 +31,18 @@ from typing import Any, TypeVar
 
 from quantkit.errors import InputError
 from quantkit.methods import check_settings
-from quantkit.options import CALIBRATORS, Options
+from quantkit.options import CALIBRATORS, INPUTS, Options
 from quantkit.types import ActParams, LayerPlan, Plan, QuantSpec
 
 VERSION = 1
 PLAN_KEYS = ("version", "layers", "activations", "settings")
-SPEC_KEYS = ("bits", "group_size", "symmetric", "act_bits", "form")
+SPEC_KEYS = ("bits", "group_size", "symmetric", "act_bits", "group_bits", "form")
 RULE_KEYS = ("match", *SPEC_KEYS, "float", "reason")
 ACTIVATION_KEYS = ("scale", "zero_point")
-PLANNED = ("quantizer", "target", "seed")
+PLANNED = ("quantizer", "target", "seed", "augment")
+NUMBERS = ("seed", "augment")
+RUN = re.compile("([1-8])(?:x([1-9][0-9]{0,8}))?")
+MOST_GROUPS = 1 << 24
 T = TypeVar("T")
 UNMATCHED = "no rule of the plan matches it"
 
@@ -70,12 +77,15 @@ def planned_options(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: plan.settings[key] for key in PLANNED if key in plan.settings}
     for key, value in kept.items():
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        if not (whole if key == "seed" else isinstance(value, str)):
-            wanted = "a whole number from 0" if key == "seed" else "text"
+        if not (whole if key in NUMBERS else isinstance(value, str)):
+            wanted = "a whole number from 0" if key in NUMBERS else "text"
             raise InputError(f"plan: settings: {key} must be {wanted}, got {value!r}")
     calibrator = plan.settings.get("calibrator", "minmax")
     if calibrator not in CALIBRATORS[1:]:
         raise InputError(f"plan: settings: calibrator must be one of {', '.join(CALIBRATORS[1:])}, got {calibrator!r}")
+    inputs = plan.settings.get("inputs", "float")
+    if inputs not in INPUTS[1:]:
+        raise InputError(f"plan: settings: inputs must be one of {', '.join(INPUTS[1:])}, got {inputs!r}")
     methods = {key: value for key, value in plan.settings.items() if "." in key}
     check_settings(methods)
     chosen = {key: value for key, value in given.items() if key != "quantizer" or value != "auto"}
@@ -86,7 +96,7 @@ def with_options(plan: Plan, options: Options) -> Plan:
     """The plan with the options that are really followed."""
     followed = {key: getattr(options, key) for key in PLANNED}
     if followed["quantizer"] == "auto":
-        followed["quantizer"] = plan.settings.get("quantizer", "mse")
+        followed["quantizer"] = plan.settings.get("quantizer", "auto")
     return Plan(plan.layers, plan.activations, {**plan.settings, **followed, **dict(sorted(options.settings.items()))})
 
 
@@ -183,15 +193,42 @@ def _unused_sentence(match: str, ops: Mapping[str, str]) -> str:
 def _rule_to_dict(match: str, layer: LayerPlan) -> dict[str, Any]:
     if layer.spec is None:
         return {"match": match, "float": True, "reason": layer.reason}
+    groups = layer.spec.group_bits
     return {
         "match": match,
         "bits": layer.spec.bits,
         "group_size": layer.spec.group_size,
         "symmetric": layer.spec.symmetric,
         "act_bits": layer.spec.act_bits,
+        **({} if groups is None else {"group_bits": _runs(groups)}),
         "form": "auto" if layer.form is None else layer.form,
         "reason": layer.reason,
     }
+
+
+def _runs(group_bits: tuple[int, ...]) -> str:
+    """(4, 4, 3, 8) -> "4x2 3 8"."""
+    runs = ((bits, sum(1 for _ in run)) for bits, run in itertools.groupby(group_bits))
+    return " ".join(f"{bits}x{count}" if count > 1 else str(bits) for bits, count in runs)
+
+
+def _group_bits(value: object, where: str) -> tuple[int, ...] | None:
+    """The inverse of `_runs`; a list of widths is taken as it stands."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        if not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in value):
+            raise InputError(f"{where}: group_bits must be a list of whole numbers, got {value!r}")
+        return tuple(value)
+    if not isinstance(value, str):
+        raise InputError(f'{where}: group_bits must be text such as "4x12 3x4 8" or a list, got {value!r}')
+    runs = [RUN.fullmatch(part) for part in value.split(" ")]
+    counts = [int(run[2] or 1) for run in runs if run]
+    if len(counts) < len(runs):
+        raise InputError(f'{where}: group_bits must be runs of widths 1 to 8 such as "4x12 3x4 8", got {value!r}')
+    if sum(counts) > MOST_GROUPS:
+        raise InputError(f"{where}: group_bits names {sum(counts)} groups; no layer has more than {MOST_GROUPS}")
+    return tuple(int(run[1]) for run, count in zip(runs, counts, strict=True) if run for _ in range(count))
 
 
 def _rule_from_dict(rule: object, where: str) -> tuple[str, LayerPlan]:
@@ -214,12 +251,14 @@ def _rule_from_dict(rule: object, where: str) -> tuple[str, LayerPlan]:
         raise InputError(f'{where}: needs "bits" (1 to 8) or "float": true')
     group_size = _typed(data, "group_size", int, where)
     form = _typed(data, "form", str, where)
+    groups = _group_bits(data.get("group_bits"), where)
     try:
         spec = QuantSpec(
             bits=bits,
             group_size=QuantSpec.group_size if group_size is None else group_size,
             symmetric=bool(_typed(data, "symmetric", bool, where)),
             act_bits=_typed(data, "act_bits", int, where),
+            group_bits=groups,
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -22,7 +22,11 @@ def apply_plan(context: Context, plan: Plan) -> Outcome:
         InputError: a rule asks for something impossible, or ranges are missing and there is no calibration data.
     """
     resolved = resolve(plan.layers, {name: target.op for name, target in context.targets.items()})
-    recipe = Recipe(str(plan.settings.get("calibrator", "minmax")), plan.settings.get("bias_correction", False) is True)
+    recipe = Recipe(
+        str(plan.settings.get("calibrator", "minmax")),
+        plan.settings.get("bias_correction", False) is True,
+        plan.settings.get("inputs") == "quantized",
+    )
     if plan.settings.get("calibrated") is True and context.held_out is None:
         raise InputError("the plan was made with calibration data; give the same data with --calib to repeat it")
     model = context.loaded.model
@@ -47,7 +51,7 @@ def apply_plan(context: Context, plan: Plan) -> Outcome:
     for name, layer in resolved.items():
         if layer.spec is not None:
             chosen[name] = _planned_option(context, chooser, name, layer)
-    candidate = assemble(context, chosen, regions, params, "plan", recipe.bias_correction)
+    candidate = assemble(context, chosen, regions, params, "plan", recipe)
     figures = measure(context, candidate)
     row = Contender("plan", candidate.size, figures.sqnr, figures.latency, True)
     layers = {
@@ -60,10 +64,17 @@ def apply_plan(context: Context, plan: Plan) -> Outcome:
 def _planned_option(context: Context, chooser: Chooser, name: str, layer: LayerPlan) -> Option:
     target, spec = context.targets[name], layer.spec
     assert spec is not None
+    try:
+        spec.widths(target.shape[1])
+    except InputError as error:
+        raise InputError(f"the plan's rule for {name} does not fit it: {error}") from error
     if layer.form in (None, "auto"):
-        allowed = chooser.options(target, spec.bits)
+        allowed = chooser.options(target, spec)
         return choose_forms({name: allowed}, model_ms=None, max_latency=None)[name]
     assert layer.form is not None
+    if emitter(layer.form).refuse(target, spec, context.options.target) is None:
+        # The quantizer may choose the groups' widths; the form must hold those.
+        spec = replace(spec, group_bits=chooser.quantize(target, spec).spec.group_bits)
     refusal = emitter(layer.form).refuse(target, spec, context.options.target)
     if refusal is not None:
         raise InputError(f"the plan asks for the form {layer.form} at {name}, which is impossible: {refusal}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from quantkit.budget import Budget
     from quantkit.emitters._builder import Builder
+    from quantkit.transforms._problem import ScaleGroup
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -32,12 +33,15 @@ class QuantSpec:
         group_size: inputs that share one scale; -1 = one scale per output row.
         symmetric: zero point fixed at the middle of the codes (not stored).
         act_bits: 8 = the layer computes with 8-bit integer activations; None = float activations.
+        group_bits: width of every group along K where they differ (SliM-LLM, arXiv 2405.14917); `bits` is then what
+            the layer was asked for. None: every group has `bits`.
     """
 
     bits: int
     group_size: int = 128
     symmetric: bool = False
     act_bits: int | None = None
+    group_bits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -46,6 +50,30 @@ class QuantSpec:
             raise InputError(f"group_size must be -1 (one scale per row) or at least 1, got {self.group_size}")
         if self.act_bits not in (None, 8):
             raise InputError(f"act_bits must be 8 or None (float activations), got {self.act_bits}")
+        if self.group_bits is not None and not (self.group_bits and all(1 <= bits <= 8 for bits in self.group_bits)):
+            raise InputError(f"group_bits must name at least one width, each 1 to 8, got {list(self.group_bits)}")
+
+    def widths(self, num_inputs: int) -> npt.NDArray[np.uint8]:
+        """[G] bits of every group.
+
+        Raises:
+            InputError: group_bits has another length than the number of groups.
+        """
+        num_groups = self.num_groups(num_inputs)
+        if self.group_bits is None:
+            return np.full(num_groups, self.bits, dtype=np.uint8)
+        if len(self.group_bits) != num_groups:
+            raise InputError(
+                f"group_bits must name one width for each of the {num_groups} groups of {num_inputs} inputs, "
+                f"got {len(self.group_bits)}"
+            )
+        return np.array(self.group_bits, dtype=np.uint8)
+
+    def average_bits(self, num_inputs: int) -> float:
+        """Bits per weight, codes alone; a shorter last group counts by its columns."""
+        width = self.group_width(num_inputs)
+        bits = np.repeat(self.widths(num_inputs).astype(np.float64), width)[:num_inputs]
+        return float(bits.mean())
 
     def num_groups(self, num_inputs: int) -> int:
         """G for a matrix with K = num_inputs; the last group may be shorter than group_size."""
@@ -147,6 +175,7 @@ class LayerStats:
         abs_mean: [groups, K] mean |x|.
         mean: [groups, K] mean x.
         square_mean: [groups, K] mean x^2: the diagonal of `gram` without its K^2 memory.
+        abs_max: [groups, K] largest |x|.
         gram: [groups, K, K] float64, X^T X / rows.
         rows: [groups, T, K] float32, a deterministic sample of the rows, T at most a few hundred.
         data_shapes: distinct shapes of the data input with how often each was seen.
@@ -161,6 +190,7 @@ class LayerStats:
     gram: Array | None = None
     rows: FloatArray | None = None
     data_shapes: Mapping[tuple[int, ...], int] = field(default_factory=dict)
+    abs_max: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -288,6 +318,25 @@ class WeightQuantizer(Protocol):
         """Names of the LayerStats fields it reads (`gram`, `abs_mean`, ...); it must work when they are None."""
 
     def quantize(self, weight: FloatArray, spec: QuantSpec, stats: LayerStats | None) -> QuantizedWeight: ...
+
+
+class Transform(Protocol):
+    """Chooses scales with which the float model computes the same and is easier to quantize; sees arrays only."""
+
+    @property
+    def stats(self) -> frozenset[str]:
+        """Names of the LayerStats fields it reads; without any it needs no data."""
+
+    @property
+    def readers(self) -> frozenset[str]:
+        """Operators whose inputs it scales."""
+
+    @property
+    def insert(self) -> bool:
+        """Whether matrix products that nothing can scale get a Mul in front."""
+
+    def scales(self, groups: Sequence[ScaleGroup]) -> Mapping[str, Array]:
+        """Group name -> [size] positive numbers; a group that is left out stays as it is."""
 
 
 class Allocator(Protocol):

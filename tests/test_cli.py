@@ -97,7 +97,8 @@ def test_compress_passes_everything_on(pipeline: FakePipeline, model: Path, caps
     command = (
         f"compress {model} -o {folder}/out.onnx --calib imgs@0:64 --preprocess imagenet --samples 32 --batch-size 8 "
         "--eval test.npz --metric top1 --avg-bits 4.25 --max-size 25% --max-drop 1% --max-latency 0.8x --bits 8,4 "
-        "--activations none --allocator uniform --quantizer mse --calibrator minmax --set mse.steps=40 "
+        "--activations none --allocator uniform --quantizer mse --transform cle,awq --calibrator minmax "
+        "--inputs quantized --augment 2 --set mse.steps=40 "
         "--group-size 64 --target portable --ignore a --ignore re:b.* --seed 3 --memory-limit 64MiB --threads 2 "
         f"--cache {folder}/cache --save-plan {folder}/plan.json --report {folder}/r.html --random-calibration"
     )
@@ -116,7 +117,10 @@ def test_compress_passes_everything_on(pipeline: FakePipeline, model: Path, caps
         "activations": "none",
         "allocator": "uniform",
         "quantizer": "mse",
+        "transform": "cle,awq",
         "calibrator": "minmax",
+        "inputs": "quantized",
+        "augment": 2,
         "group_size": 64,
         "ignore": ("a", "re:b.*"),
         "settings": {"mse.steps": "40"},

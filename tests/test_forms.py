@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def rows_of(target: Target, count: int = 50) -> LayerStats:
     ],
 )
 def test_forms_of_a_product_by_activations(activations: str, forms: set[str]) -> None:
-    options = chooser(activations=activations).options(product(), 4)
+    options = chooser(activations=activations).options(product(), QuantSpec(4))
     assert {option.form for option in options} == forms
     assert all(option.spec.bits == 4 for option in options)
     assert {option.form: option.spec.act_bits for option in options} == {
@@ -107,29 +108,54 @@ def test_forms_of_a_product_by_activations(activations: str, forms: set[str]) ->
 
 def test_a_refused_form_is_no_option() -> None:
     target = product()
-    assert {option.form for option in chooser(group_size=7).options(target, 4)} == {"packed", "dynamic"}
+    assert {option.form for option in chooser(group_size=7).options(target, QuantSpec(4))} == {"packed", "dynamic"}
     batched = "g (float[3,N,64] x) => (float[3,N,M] y) { y = MatMul(x, w) }"
     (target,) = load(batched, w=(3, 64, 48))[1].values()
-    assert {option.form for option in chooser(activations="8").options(target, 8)} == {"packed"}
+    assert {option.form for option in chooser(activations="8").options(target, QuantSpec(8))} == {"packed"}
 
 
 def test_every_other_operator_has_one_form() -> None:
     target = convolution()
-    assert [option.form for option in chooser().options(target, 3)] == ["packed"]
+    assert [option.form for option in chooser().options(target, QuantSpec(3))] == ["packed"]
     act = {target.name: ActParams(0.01, 128)}
-    (option,) = chooser(static=[target.name], activation_of=act).options(target, 3)
+    (option,) = chooser(static=[target.name], activation_of=act).options(target, QuantSpec(3))
     assert (option.form, option.spec) == ("qdq", QuantSpec(3, -1, symmetric=True, act_bits=8))
     text = "g (int64[N] x) => (float[N,M] y) { y = Gather(w, x) }"
     (table,) = load(text, w=(100, 64))[1].values()
-    (option,) = chooser().options(table, 4)
+    (option,) = chooser().options(table, QuantSpec(4))
     assert (option.form, option.milliseconds, option.ratio) == ("gather", 0.0, None)
 
 
 def test_the_most_accurate_option_comes_first() -> None:
     target = product()
     for bits in (2, 4, 8):
-        noises = [option.noise for option in chooser(stats={target.name: rows_of(target)}).options(target, bits)]
+        noises = [
+            option.noise for option in chooser(stats={target.name: rows_of(target)}).options(target, QuantSpec(bits))
+        ]
         assert noises == sorted(noises) and noises[0] > 0
+
+
+def test_widths_of_groups_are_kept_in_every_form_that_holds_them() -> None:
+    target, asked = product(), QuantSpec(3, 16, group_bits=(2, 3, 4, 3))
+    found = {option.form: option.spec for option in chooser().options(target, asked)}
+    assert found == {
+        "packed": asked,
+        "matmulnbits": asked,
+        "dynamic": replace(asked, act_bits=8),
+    }
+    narrow = replace(asked, group_bits=(1, 3, 4, 4))
+    assert {option.form for option in chooser().options(target, narrow)} == {"packed", "dynamic"}
+    assert {option.form for option in chooser(runtime="portable").options(target, asked)} == {"packed", "dynamic"}
+
+
+def test_a_quantizer_may_choose_widths_that_not_every_form_holds() -> None:
+    def labels(item: Target, spec: QuantSpec) -> QuantizedWeight:
+        return quantize(item, spec if spec.group_bits else replace(spec, group_bits=(1, 3)))
+
+    made = replace(chooser(), quantize=labels)
+    options = made.options(product(), QuantSpec(2))
+    assert {option.form for option in options} == {"packed", "dynamic"}  # 1 bit has no place in the kernel
+    assert all(option.spec.group_bits == (1, 3) and option.spec.bits == 2 for option in options)
 
 
 def test_group_sizes() -> None:
@@ -153,7 +179,7 @@ def test_the_cost_is_asked_for_the_typical_rows() -> None:
         asked.append((item.name, spec.bits, form, rows))
         return 4.0, 1.0
 
-    options = chooser(stats={target.name: rows_of(target)}, cost=cost).options(target, 4)
+    options = chooser(stats={target.name: rows_of(target)}, cost=cost).options(target, QuantSpec(4))
     assert {(name, bits, rows) for name, bits, _, rows in asked} == {(target.name, 4, 64)}
     assert {form for _, _, form, _ in asked} == {option.form for option in options}
     assert all(option.ratio == 0.25 for option in options)

@@ -120,15 +120,15 @@ def test_edits_of_a_plan_are_followed() -> None:
     assert rows[floats].bits is None and rows[floats].reason == "by hand"
     assert rows[narrow].bits == 3 and edited.plan.layers[narrow].form is not None
     assert edited.report.fidelity is not None and made.report.fidelity is not None
-    assert edited.report.fidelity.sqnr < made.report.fidelity.sqnr - 3 and edited.report.fidelity.parity > 30
+    assert edited.report.fidelity.sqnr < made.report.fidelity.sqnr - 1 and edited.report.fidelity.parity > 30
 
 
 def test_what_the_caller_says_goes_before_the_plan() -> None:
     plan = Plan({"op:MatMul": LayerPlan(QuantSpec(4, 32), None, "")}, {}, {"quantizer": "rtn", "seed": 3})
     kept = quantkit.apply(models.matmul(), plan)
-    assert kept.plan.settings == {"quantizer": "rtn", "seed": 3, "target": "ort-cpu"}
+    assert kept.plan.settings == {"quantizer": "rtn", "seed": 3, "target": "ort-cpu", "augment": 1}
     other = quantkit.apply(models.matmul(), plan, quantizer="mse", seed=4, target="portable")
-    assert other.plan.settings == {"quantizer": "mse", "seed": 4, "target": "portable"}
+    assert other.plan.settings == {"quantizer": "mse", "seed": 4, "target": "portable", "augment": 1}
     assert other.report.provenance["quantkit.seed"] == "4" and other.report.target == "portable"
 
 

@@ -22,6 +22,7 @@ specs = st.builds(
     group_size=st.one_of(st.just(-1), st.integers(1, 4096)),
     symmetric=st.booleans(),
     act_bits=st.sampled_from([None, 8]),
+    group_bits=st.one_of(st.none(), st.lists(st.sampled_from([1, 3, 4, 8]), min_size=1, max_size=40).map(tuple)),
 )
 names = st.text(min_size=1, max_size=20).filter(lambda name: not name.startswith("re:"))
 layers = st.one_of(
@@ -48,6 +49,15 @@ def test_round_trip_is_exact(plan: Plan) -> None:
 def test_half_a_surrogate_pair_survives() -> None:
     plan = Plan({"\ud800": LayerPlan(None, None, "")}, {}, {})
     assert plan_from_json(plan_to_json(plan)) == plan
+
+
+def test_widths_of_groups_are_written_as_runs() -> None:
+    spec = QuantSpec(4, 32, group_bits=(4,) * 12 + (3,) * 4 + (8,))
+    text = plan_to_json(Plan({"a": LayerPlan(spec, "packed", "")}, {}, {}))
+    assert '"group_bits": "4x12 3x4 8"' in text
+    assert "group_bits" not in plan_to_json(Plan({"a": LayerPlan(QuantSpec(4, 32), "packed", "")}, {}, {}))
+    for other in ('"4x12 3x4 8"', str(list(spec.group_bits or ())), '"4x6 4x6 3 3 3x2 8x1"'):
+        assert plan_from_json(text.replace('"4x12 3x4 8"', other)).layers["a"].spec == spec
 
 
 def test_one_line_per_layer() -> None:
@@ -101,6 +111,22 @@ def document(*rules: object, **changes: Any) -> dict[str, Any]:
         (document(rule(bits=9)), r"layers\[0\]: bits must be 1 to 8, got 9"),
         (document(rule(group_size=0)), r"layers\[0\]: group_size must be -1"),
         (document(rule(act_bits=4)), r"layers\[0\]: act_bits must be 8 or None"),
+        (document(rule(group_bits=4)), r'layers\[0\]: group_bits must be text such as "4x12 3x4 8" or a list, got 4'),
+        (document(rule(group_bits="4x2, 3")), r"layers\[0\]: group_bits must be runs of widths 1 to 8 .*got '4x2, 3'"),
+        (document(rule(group_bits="4x0")), r"layers\[0\]: group_bits must be runs of widths 1 to 8 .*, got '4x0'"),
+        (document(rule(group_bits="9x2")), r"layers\[0\]: group_bits must be runs of widths 1 to 8 .*, got '9x2'"),
+        (document(rule(group_bits="4  3")), r"layers\[0\]: group_bits must be runs of widths 1 to 8 .*, got '4  3'"),
+        (document(rule(group_bits="")), r"layers\[0\]: group_bits must be runs of widths 1 to 8 .*, got ''"),
+        (
+            document(rule(group_bits="4x999999999")),
+            r"group_bits names 999999999 groups; no layer has more than 16777216",
+        ),
+        (document(rule(group_bits=[])), r"layers\[0\]: group_bits must name at least one width, each 1 to 8, got \[\]"),
+        (document(rule(group_bits=[4, 0])), r"layers\[0\]: group_bits must name at least one width, .*got \[4, 0\]"),
+        (document(rule(group_bits=[4, True])), r"group_bits must be a list of whole numbers, got \[4, True\]"),
+        (document(rule(group_bits=[4, "3"])), r"group_bits must be a list of whole numbers, got \[4, '3'\]"),
+        (document({"match": "a", "float": True, "group_bits": "4"}), "cannot go with group_bits"),
+        (document({"match": "a", "group_bits": "4"}), r'needs "bits" \(1 to 8\)'),
         (document(rule(symmetric=1)), r"layers\[0\]: symmetric must be true or false, got 1"),
         (document({"match": "a"}), r'layers\[0\]: needs "bits" \(1 to 8\) or "float": true'),
         (document(rule(float=True)), r'layers\[0\]: "float": true cannot go with bits'),

@@ -224,23 +224,27 @@ def act_params(low: float, high: float) -> ActParams:
 
 
 class Moments:
-    """Per-channel mean, mean magnitude and mean square of rows [groups, T, K]."""
+    """Per-channel mean, mean magnitude, largest magnitude and mean square of rows [groups, T, K]."""
 
     def __init__(self) -> None:
         self.count = 0.0
         self._sum: Doubles | None = None
         self._size: Doubles | None = None
         self._square: Doubles | None = None
+        self._largest: Doubles | None = None
 
     def add(self, rows: Array, weights: Array | None = None) -> None:
         """`weights` [T]: how much each row counts, 0 for padding."""
         weighted = rows if weights is None else rows * np.asarray(weights, dtype=np.float32)[:, None]
         total = weighted.sum(axis=1, dtype=np.float64)
-        size = np.abs(weighted).sum(axis=1, dtype=np.float64)
+        magnitude = np.abs(weighted)
+        size = magnitude.sum(axis=1, dtype=np.float64)
+        largest = magnitude.max(axis=1, initial=0.0).astype(np.float64)
         square = np.einsum("gtk,gtk->gk", weighted, rows, dtype=np.float64)
         self._sum = total if self._sum is None else self._sum + total
         self._size = size if self._size is None else self._size + size
         self._square = square if self._square is None else self._square + square
+        self._largest = largest if self._largest is None else np.maximum(self._largest, largest)
         self.count += rows.shape[1] if weights is None else float(np.sum(weights, dtype=np.float64))
 
     @property
@@ -252,6 +256,11 @@ class Moments:
     def abs_mean(self) -> Doubles:
         """[groups, K] mean |x|."""
         return _mean(self._size, self.count)
+
+    @property
+    def abs_max(self) -> Doubles:
+        """[groups, K] largest |x| (times its weight)."""
+        return _mean(self._largest, 1.0)
 
     @property
     def square_mean(self) -> Doubles:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from quantkit.calibration.accumulators import Distribution, Gram, Histogram, Moments, RowSample
@@ -108,14 +109,35 @@ def collect(
             parts = (part for feed in data for part in _cut(feed, size))
             for number, feed in enumerate(parts):
                 values = {**feed, **session.run(feed)}
+                masks = padding_masks(feed)
                 for item in wave:
-                    _add(item, values[item.name], settings.seed + number)
+                    _add(item, values[item.name], masks, settings.seed + number)
                 del values  # before the next batch: two sets of activations are never held
                 batches += 1
                 advance(_samples(feed))
             if batches == 0:
                 raise InputError(f"the calibration data holds no samples: {data.description}")
     return _result(watched, request)
+
+
+def padding_masks(feed: Feed) -> tuple[Array, ...]:
+    """Inputs [batch, sequence] that are 0 at padding: whole numbers or truths with `mask` in their name.
+
+    A `padding_mask` may as well be 1 there, so it is left alone.
+    """
+    names = [name for name in feed if "mask" in name.lower() and "pad" not in name.lower()]
+    found = [feed[name] for name in names if feed[name].ndim == 2]
+    return tuple(mask for mask in found if mask.dtype == bool or np.issubdtype(mask.dtype, np.integer))
+
+
+def real_rows(op: str, shape: tuple[int, ...], masks: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
+    """[T] which rows of a value [batch, sequence, ..., K] are real tokens; None: all, or no mask knows."""
+    if op not in ("MatMul", "Gemm") or len(shape) < 3:
+        return None
+    fitting = [mask for mask in masks if mask.shape == shape[:2]]
+    if not fitting or fitting[0].all() or not fitting[0].any():
+        return None
+    return np.repeat(fitting[0].reshape(-1) != 0, math.prod(shape[2:-1]))
 
 
 def _samples(feed: Feed) -> int:
@@ -271,7 +293,9 @@ def _instrumented(model: ir.Model, names: Iterable[str]) -> ir.Model:
     return copy
 
 
-def _add(item: _Watched, value: Array, seed: int) -> None:
+def _add(item: _Watched, value: Array, masks: Sequence[Array], seed: int) -> None:
+    """Padding counts for ranges and histograms, because the quantized model computes it too; not for what tells how
+    much an error costs, because nobody reads the result."""
     low, high = math.inf, -math.inf
     if value.size and np.issubdtype(value.dtype, np.floating):
         low, high = float(value.min()), float(value.max())
@@ -286,10 +310,10 @@ def _add(item: _Watched, value: Array, seed: int) -> None:
         reader.shapes[value.shape] = reader.shapes.get(value.shape, 0) + 1
         reader.low, reader.high = min(reader.low, low), max(reader.high, high)
         if value.size and reader.targets[0].op in ROW_OPERATORS:
-            _add_rows(reader, use, value, seed)
+            _add_rows(reader, use, value, masks, seed)
 
 
-def _add_rows(reader: _Reader, use: Use, value: Array, seed: int) -> None:
+def _add_rows(reader: _Reader, use: Use, value: Array, masks: Sequence[Array], seed: int) -> None:
     target = reader.targets[0]
     rows = to_rows(
         target.op,
@@ -300,6 +324,9 @@ def _add_rows(reader: _Reader, use: Use, value: Array, seed: int) -> None:
         limit=POSITIONS,
         seed=seed,
     )
+    real = real_rows(target.op, value.shape, masks)
+    if real is not None:
+        rows = rows[:, real]
     reader.tokens += rows.shape[1]
     reader.moments.add(rows)
     if reader.gram is not None:
@@ -333,6 +360,7 @@ def _statistics(reader: _Reader, wanted: frozenset[str]) -> LayerStats:
         abs_mean=reader.moments.abs_mean if "abs_mean" in wanted else None,
         mean=reader.moments.mean if "mean" in wanted else None,
         square_mean=reader.moments.square_mean if "square_mean" in wanted else None,
+        abs_max=reader.moments.abs_max if "abs_max" in wanted else None,
         gram=None if reader.gram is None else reader.gram.result(),
         rows=None if reader.sample is None else reader.sample.result(),
         data_shapes=shapes,

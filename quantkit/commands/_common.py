@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.budget import parse_bytes
 from quantkit.calibration.request import CalibrationRequest
 from quantkit.errors import InputError
-from quantkit.options import ACTIVATIONS, CALIBRATORS, RUNTIMES, Options
+from quantkit.options import ACTIVATIONS, CALIBRATORS, INPUTS, RUNTIMES, Options
 
 MOST_THREADS = 1024
 
@@ -82,7 +82,23 @@ def add_method_choice(parser: ArgumentParser) -> None:
     group.add_argument("--allocator", metavar="NAME", default="auto", help="auto, or one of `quantkit methods`")
     group.add_argument("--quantizer", metavar="NAME", default="auto", help="auto, or one of `quantkit methods`")
     group.add_argument(
+        "--transform",
+        metavar="LIST",
+        help="rescale layers first, which changes nothing in float: none, auto (by measurement), or names such as "
+        "cle,smoothquant (default: none; awq with --quantizer awq)",
+    )
+    group.add_argument(
         "--calibrator", choices=CALIBRATORS, default="auto", help="how activation ranges are taken (default: auto)"
+    )
+    group.add_argument(
+        "--inputs",
+        choices=INPUTS,
+        default="auto",
+        help="quantize layers on the float model's values, or on what the quantized layers before them produce "
+        "(default: auto, by measurement)",
+    )
+    group.add_argument(
+        "--augment", metavar="N", type=int, default=1, help="disturbed copies of calibration texts (default: 1)"
     )
     group.add_argument("--group-size", metavar="N", type=int, help="inputs per scale, -1 = one scale per output")
     group.add_argument("--ignore", metavar="PATTERN", action="append", help="keep layers float: a name or re:PATTERN")

@@ -56,12 +56,16 @@ def run(args: Namespace) -> int:
     for kind, name in (("allocators", args.allocator), ("quantizers", args.quantizer)):
         if name != "auto":
             methods.check(kind, name)
+    methods.transform_names(args.transform)
     options = {
         "bits": parse_bits(args.bits),
         "activations": args.activations,
         "allocator": args.allocator,
         "quantizer": args.quantizer,
+        "transform": args.transform,
         "calibrator": args.calibrator,
+        "inputs": args.inputs,
+        "augment": args.augment,
         "group_size": args.group_size,
         "ignore": tuple(args.ignore or ()),
         "settings": parse_settings(args.set or ()),

@@ -9,7 +9,7 @@ from quantkit import methods
 from quantkit.commands import _common
 from quantkit.errors import InputError
 
-HELP = "list allocators, quantizers and emitted forms, or explain one"
+HELP = "list allocators, quantizers, transforms and emitted forms, or explain one"
 USAGE = "quantkit methods [NAME] [options]"
 
 

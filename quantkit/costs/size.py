@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from quantkit.packing import packed_size
 from quantkit.types import QuantSpec, Target
 
 # Measured on emitted files: nodes, names and shapes of one quantized layer.
 NODE_OVERHEAD = 450
 SCALE_BYTES = 2  # the quantizers round scales to float16
+# Where groups differ in width: the place of each group; and nodes, names and shapes of each further width, for codes
+# and once more for zero points.
+PLACE_BYTES = 8
+WIDTH_OVERHEAD = 150
 
 
 def layer_bytes(target: Target, spec: QuantSpec) -> int:
     """Encoded size of one layer, without its bias."""
-    num_rows, num_inputs = target.shape
-    num_groups = spec.num_groups(num_inputs)
-    codes = packed_size(num_rows * num_groups * spec.group_width(num_inputs), spec.bits)
-    zero_points = 0 if spec.symmetric else packed_size(num_rows * num_groups, spec.bits)
-    return codes + SCALE_BYTES * num_rows * num_groups + zero_points + NODE_OVERHEAD
+    different = np.unique(spec.widths(target.shape[1])).size
+    return _stored(target, spec) + NODE_OVERHEAD + WIDTH_OVERHEAD * (different - 1) * (1 if spec.symmetric else 2)
 
 
 def stored_bits(target: Target, spec: QuantSpec) -> float:
     """Bits per weight with scales and zero points."""
-    return 8 * (layer_bytes(target, spec) - NODE_OVERHEAD) / (target.shape[0] * target.shape[1])
+    return 8 * _stored(target, spec) / (target.shape[0] * target.shape[1])
+
+
+def _stored(target: Target, spec: QuantSpec) -> int:
+    """Bytes of the initializers: codes, scales, zero points, places of groups."""
+    num_rows, num_inputs = target.shape
+    num_groups = spec.num_groups(num_inputs)
+    found = np.unique(spec.widths(num_inputs), return_counts=True)
+    counts = dict(zip(*(array.tolist() for array in found), strict=True))  # width -> groups
+    group = num_rows * spec.group_width(num_inputs)
+    codes = sum(packed_size(group * count, bits) for bits, count in counts.items())
+    mixed = len(counts) > 1
+    if spec.symmetric:
+        zero_points = 4 * num_groups if mixed else 0
+    else:  # those of 1-bit groups among others are one constant
+        stored = {bits: count for bits, count in counts.items() if bits > 1 or not mixed}
+        zero_points = sum(packed_size(num_rows * count, bits) for bits, count in stored.items())
+    return codes + SCALE_BYTES * num_rows * num_groups + zero_points + (PLACE_BYTES * num_groups if mixed else 0)

@@ -2,6 +2,7 @@
 
 Storage of a width b: one flat byte string per bit plane (`quantkit.packing.planes`), codes padded to whole groups.
     codes   = Unpack(planes)                      uint8 [N, G, width]
+            | Gather(Concat(Unpack(planes of each width)), place of each group)    where groups differ in width
     float   = (codes - zero_points) * scales      float [N, G, width] -> [N, K]
     int8    = codes - zero_point                  when one scale serves a row and the codes fit
             | round(float / s8), s8 = max|row|/127   otherwise ("requantized at load")
@@ -137,6 +138,33 @@ def codes_value(builder: Builder, codes: Array, bits: int, shape: Sequence[int],
     return builder.call(f"Unpack{bits}{'Tail' if tail else ''}", body, inputs)
 
 
+def uniform_bits(weight: QuantizedWeight) -> int | None:
+    """The width that all groups have, or None where they differ."""
+    first = int(weight.group_bits[0])
+    return first if np.all(weight.group_bits == first) else None
+
+
+def group_codes(builder: Builder, weight: QuantizedWeight, name: str) -> ir.Value:
+    """uint8 codes [N, G, width], the last group filled up; in the file, groups of one width lie together."""
+    codes, name = grouped_codes(weight), f"{name}.codes"
+    parts = []
+    for bits in np.unique(weight.group_bits):
+        part = codes[:, weight.group_bits == bits]
+        parts.append(codes_value(builder, part, int(bits), part.shape, name))
+    return _regrouped(builder, parts, weight.group_bits)
+
+
+def _regrouped(builder: Builder, parts: Sequence[ir.Value], group_bits: Array) -> ir.Value:
+    """The groups of each width, [N, G_width, ...] narrow to wide, as [N, G, ...] in their own order."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = builder.op("Concat", parts, axis=1)
+    places = np.argsort(np.argsort(group_bits, kind="stable"), kind="stable")
+    if np.array_equal(places, np.arange(places.size)):
+        return joined
+    return builder.op("Gather", [joined, builder.const(places.astype(np.int64), "groups")], axis=1)
+
+
 def grouped_codes(weight: QuantizedWeight) -> Array:
     """[N, G, width]: the last group filled up with codes that are cut off or, in MatMulNBits, worth 0."""
     num_rows, num_inputs = weight.shape
@@ -145,7 +173,7 @@ def grouped_codes(weight: QuantizedWeight) -> Array:
     pad = num_groups * width - num_inputs
     if not pad:
         return weight.codes.reshape(num_rows, num_groups, width)
-    last = np.clip(np.floor(weight.zero_points[:, -1:]), 0, (1 << weight.spec.bits) - 1)
+    last = np.clip(np.floor(weight.zero_points[:, -1:]), 0, (1 << int(weight.group_bits[-1])) - 1)
     filler = np.repeat(last.astype(np.uint8), pad, axis=1)
     return np.concatenate([weight.codes, filler], axis=1).reshape(num_rows, num_groups, width)
 
@@ -156,14 +184,26 @@ def whole_codes(points: FloatArray, bits: int) -> bool:
 
 
 def zero_point_value(builder: Builder, weight: QuantizedWeight, name: str) -> ir.Value:
-    """[N, G, 1] float zero points, or one [1, 1, 1] number when all agree (symmetric grids store none)."""
-    points = weight.zero_points
-    first = points.reshape(-1)[0]
-    if np.all(points == first):
-        return builder.const(np.full((1, 1, 1), first, np.float32), "zero")
-    if not whole_codes(points, weight.spec.bits):
-        return scale_value(builder, points[:, :, None], name)
-    codes = codes_value(builder, points.astype(np.uint8), weight.spec.bits, (*points.shape, 1), name)
+    """Float zero points [N, G, 1]; [1, G, 1] or [1, 1, 1] where rows or all agree (symmetric grids store none)."""
+    points = weight.zero_points[:, :, None]
+    if np.all(points == points[0, 0]):
+        return builder.const(points[:1, :1], "zero")
+    if uniform_bits(weight) is None and np.all(points == points[:1]):
+        return builder.const(points[:1], "zero")
+    parts = []
+    for bits in np.unique(weight.group_bits):
+        parts.append(_zero_point_part(builder, points[:, weight.group_bits == bits], int(bits), name))
+    return _regrouped(builder, parts, weight.group_bits)
+
+
+def _zero_point_part(builder: Builder, points: FloatArray, bits: int, name: str) -> ir.Value:
+    """Float zero points [N, G_width, 1] of the groups of one width."""
+    if np.all(points == points[0, 0]):
+        shape = builder.const(np.array(points.shape, np.int64), "shape")
+        return builder.op("Expand", [builder.const(points[:1, :1], "zero"), shape])
+    if not whole_codes(points, bits):
+        return scale_value(builder, points, name)
+    codes = codes_value(builder, points.astype(np.uint8), bits, points.shape, name)
     return builder.op("Cast", [codes], to=ir.DataType.FLOAT)
 
 
@@ -177,15 +217,14 @@ def _dequantize_body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
 def float_matrix(builder: Builder, weight: QuantizedWeight, name: str) -> ir.Value:
     """W[N, K] float32, equal to `weight.dequantize()` bit for bit."""
     num_rows, num_inputs = weight.shape
-    stored = grouped_codes(weight)
-    codes = codes_value(builder, stored, weight.spec.bits, stored.shape, f"{name}.codes")
+    codes = group_codes(builder, weight, name)
     if builder.runtime == "portable":  # OpenVINO keeps uint8 -> float at run time, where LSTM wants a constant
         codes = builder.op("Cast", [codes], to=ir.DataType.INT32)
     zero_points = zero_point_value(builder, weight, f"{name}.zero_points")
     scales = scale_value(builder, weight.scales, f"{name}.scales")
     blocks = builder.call("Dequantize", _dequantize_body, [codes, zero_points, scales])
     matrix = builder.op("Reshape", [blocks, builder.const(np.array([num_rows, -1]), "shape")])
-    if stored.shape[1] * stored.shape[2] != num_inputs:
+    if weight.scales.shape[1] * weight.spec.group_width(num_inputs) != num_inputs:
         bounds = [np.array([0]), np.array([num_inputs]), np.array([1])]
         matrix = builder.op("Slice", [matrix, *(builder.const(bound, "bound") for bound in bounds)])
     if weight.pre_scale is not None:
@@ -232,12 +271,13 @@ def int8_matrix(
         return (codes if layout is None else to_operand(builder, codes, layout)), flat_scales
     values, scales_array = exact
     scales = scale_value(builder, scales_array, f"{name}.scales")
-    if weight.spec.bits == 8:
+    bits = int(weight.group_bits[0])  # one group
+    if bits == 8:
         stored = values if layout is None else layout.to_operand(values)
         return builder.const(stored, f"{name}.codes"), scales
     direct = layout is not None and layout.is_identity  # a reshape of [N, K]: unpack straight into it
     shape = layout.operand_shape if layout is not None and direct else weight.shape
-    codes = codes_value(builder, weight.codes, weight.spec.bits, shape, f"{name}.codes")
+    codes = codes_value(builder, weight.codes, bits, shape, f"{name}.codes")
     codes = _centred(builder, weight, codes, name, len(shape))
     return (codes if layout is None or direct else to_operand(builder, codes, layout)), scales
 

@@ -13,7 +13,15 @@ import onnx_ir as ir
 
 from quantkit.emitters._builder import CONTRIB, Builder
 from quantkit.emitters._simulate import simulate_weight
-from quantkit.emitters._unpack import codes_value, grouped_codes, scale_value, storable_scales, whole_codes
+from quantkit.emitters._unpack import (
+    codes_value,
+    group_codes,
+    scale_value,
+    storable_scales,
+    uniform_bits,
+    whole_codes,
+    zero_point_value,
+)
 from quantkit.packing import blob, pack_zero_points
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, QuantSpec, Target
 
@@ -41,13 +49,14 @@ class Gather:
     def emit(self, builder: Builder, target: Target, weight: QuantizedWeight) -> None:
         num_inputs = target.shape[1]
         width = weight.spec.group_width(num_inputs)
+        bits = uniform_bits(weight)
         blocked = (
             builder.runtime != "portable"
-            and weight.spec.bits in BLOCKED_BITS
+            and bits in BLOCKED_BITS
             and width in (16, 32, 64, 128, 256)
             and num_inputs % width == 0
             and weight.pre_scale is None
-            and whole_codes(weight.zero_points, weight.spec.bits)
+            and whole_codes(weight.zero_points, bits)
         )
         builder.at(builder.model.graph[0])
         if blocked:
@@ -58,7 +67,7 @@ class Gather:
 
 def _emit_blocked(builder: Builder, target: Target, weight: QuantizedWeight) -> None:
     num_rows, num_inputs = target.shape
-    bits, width = weight.spec.bits, weight.spec.group_width(num_inputs)
+    bits, width = int(weight.group_bits[0]), weight.spec.group_width(num_inputs)
     codes = builder.const(blob(weight.codes, bits, width, 0).reshape(num_rows, -1), f"{target.name}.codes")
     scales = scale_value(builder, weight.scales, f"{target.name}.scales")
     zero_points = None
@@ -82,24 +91,17 @@ def _emit_blocked(builder: Builder, target: Target, weight: QuantizedWeight) -> 
 def _emit_standard(builder: Builder, target: Target, weight: QuantizedWeight) -> None:
     """rows = (codes[ids] - zero_points[ids]) * scales[ids], group by group."""
     num_inputs = target.shape[1]
-    grouped = grouped_codes(weight)
-    table = codes_value(builder, grouped, weight.spec.bits, grouped.shape, f"{target.name}.codes")
+    table = group_codes(builder, weight, target.name)
     scales = builder.const(storable_scales(weight.scales)[:, :, None], f"{target.name}.scales")
     points = weight.zero_points
-    constant = bool(np.all(points == points[0, 0]))
-    zero_table = None
-    if not constant:
-        name = f"{target.name}.zero_points"
-        if whole_codes(points, weight.spec.bits):
-            zero_table = codes_value(builder, points.astype(np.uint8), weight.spec.bits, (*points.shape, 1), name)
-        else:
-            zero_table = builder.const(storable_scales(points)[:, :, None], name)
+    zero_table = None if np.all(points == points[:1]) else _zero_table(builder, weight, f"{target.name}.zero_points")
     for use in target.uses:
         builder.at(use.node)
         ids = use.data
         codes = builder.op("Cast", [builder.op("Gather", [table, ids], axis=0)], to=ir.DataType.FLOAT)
         if zero_table is None:
-            zero: ir.Value = builder.const(np.array(points[0, 0], np.float32), "zero")
+            same = bool(np.all(points == points[0, 0]))
+            zero: ir.Value = builder.const(points[0, 0] if same else points[0][:, None], "zero")
         else:
             zero = builder.op("Cast", [builder.op("Gather", [zero_table, ids], axis=0)], to=ir.DataType.FLOAT)
         scale = builder.op("Cast", [builder.op("Gather", [scales, ids], axis=0)], to=ir.DataType.FLOAT)
@@ -107,12 +109,22 @@ def _emit_standard(builder: Builder, target: Target, weight: QuantizedWeight) ->
         lead = builder.op("Shape", [ids])
         flat = builder.op("Concat", [lead, builder.const(np.array([-1]), "shape")], axis=0)
         rows = builder.op("Reshape", [blocks, flat])
-        if grouped.shape[1] * grouped.shape[2] != num_inputs:
+        if points.shape[1] * weight.spec.group_width(num_inputs) != num_inputs:
             bounds = [np.array([0]), np.array([num_inputs]), np.array([-1])]
             rows = builder.op("Slice", [rows, *(builder.const(bound, "bound") for bound in bounds)])
         if weight.pre_scale is not None:
             rows = builder.op("Div", [rows, builder.const(weight.pre_scale, f"{target.name}.pre_scale")])
         builder.replace(use.node, rows)
+
+
+def _zero_table(builder: Builder, weight: QuantizedWeight, name: str) -> ir.Value:
+    """Zero points [N, G, 1], in the smallest type that holds them at run time."""
+    points, bits = weight.zero_points, uniform_bits(weight)
+    if bits is None:
+        return zero_point_value(builder, weight, name)
+    if whole_codes(points, bits):
+        return codes_value(builder, points.astype(np.uint8), bits, (*points.shape, 1), name)
+    return builder.const(storable_scales(points)[:, :, None], name)
 
 
 METHOD: type[Emitter] = Gather

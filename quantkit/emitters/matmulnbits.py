@@ -1,7 +1,8 @@
 """Weight-only MatMul/Gemm that stays packed at run time: onnxruntime's MatMulNBits, int8 activations per block.
 
 2, 4 and 8 bits are stored as the kernel reads them; 1 and 3 bits are widened to 4, and 5 to 7 bits to 8, when the
-model is loaded. The portable spelling is a blocked DequantizeLinear, which onnxruntime fuses to the same kernel.
+model is loaded; groups of different widths are widened to the one that holds them all. The portable spelling is a
+blocked DequantizeLinear, which onnxruntime fuses to the same kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx_ir as ir
 
 from quantkit.emitters._builder import CONTRIB, Builder, Ops
 from quantkit.emitters._simulate import simulate_weight
-from quantkit.emitters._unpack import codes_value, grouped_codes, whole_codes
+from quantkit.emitters._unpack import group_codes, grouped_codes, uniform_bits, whole_codes
 from quantkit.emitters.dynamic import refuse_matrix_product
 from quantkit.errors import InputError
 from quantkit.packing import blob, pack_zero_points
@@ -28,9 +29,10 @@ NATIVE_BITS = (2, 4, 8)
 PORTABLE_BITS = (4, 8)
 
 
-def kernel_bits(bits: int) -> int:
-    """The width that the kernel computes with."""
-    return bits if bits in NATIVE_BITS else 4 if bits < 4 else 8
+def kernel_bits(*widths: int) -> int:
+    """The width that the kernel computes with, for groups of one or several widths."""
+    widest = max(widths)
+    return widest if widest in NATIVE_BITS else 4 if widest < 4 else 8
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class MatMulNBits:
             return reason
         if spec.group_width(target.shape[1]) not in BLOCKS:
             return f"groups of {spec.group_width(target.shape[1])} (the kernel has {', '.join(map(str, BLOCKS))})"
-        if runtime == "ort-cpu" and spec.bits == 2 and spec.group_width(target.shape[1]) == SLOW_BLOCK:
+        widths = set(spec.widths(target.shape[1]).tolist())
+        if runtime == "ort-cpu" and widths == {2} and spec.group_width(target.shape[1]) == SLOW_BLOCK:
             return f"2 bits in groups of {SLOW_BLOCK}: onnxruntime has no fast kernel"
         if runtime == "portable":
             return _refuse_blocked(target, spec)
-        return "mid-rise grid" if spec.bits == 1 else None
+        return "mid-rise grid" if 1 in widths else None
 
     def effective_weight(self, weight: QuantizedWeight) -> FloatArray:
         return weight.dequantize()
@@ -74,7 +77,7 @@ class MatMulNBits:
             _emit_blocked(builder, target, weight)
             return
         num_rows, num_inputs = target.shape
-        bits = kernel_bits(weight.spec.bits)
+        bits = kernel_bits(*weight.group_bits.tolist())
         builder.at(builder.model.graph[0])
         codes, zero_points = _kernel_operands(builder, weight, bits, target.name)
         # Never float16 behind a Cast: where constants are not folded (optimisation disabled), onnxruntime 1.31's kernel
@@ -99,7 +102,8 @@ class MatMulNBits:
 
 def _refuse_blocked(target: Target, spec: QuantSpec) -> str | None:
     """Where a blocked DequantizeLinear cannot hold the layer, or onnxruntime would not make MatMulNBits of it."""
-    if spec.bits not in PORTABLE_BITS or target.shape[1] % spec.group_width(target.shape[1]):
+    widths = set(spec.widths(target.shape[1]).tolist())
+    if len(widths) > 1 or not widths <= set(PORTABLE_BITS) or target.shape[1] % spec.group_width(target.shape[1]):
         return "blocked DequantizeLinear holds 4 and 8 bits in whole groups"
     if len(target.uses) > 1:
         return "onnxruntime does not fuse blocked DequantizeLinear for a weight that several layers read"
@@ -160,14 +164,13 @@ def _kernel_operands(
     if not default:
         zero_points = builder.const(pack_zero_points(weight.zero_points, bits), f"{name}.zero_points")
     width = weight.spec.group_width(weight.shape[1])
-    if weight.spec.bits == bits:
+    if uniform_bits(weight) == bits:
         stored = blob(grouped_codes(weight).reshape(weight.shape[0], -1), bits, width, 0)
         return builder.const(stored, f"{name}.codes"), zero_points
-    grouped = grouped_codes(weight)
-    codes = codes_value(builder, grouped, weight.spec.bits, grouped.shape, f"{name}.codes")
+    codes = group_codes(builder, weight, name)
     if bits == 4:
         codes = builder.call("PackNibbles", _nibbles_body, [codes])
-        shape = np.array([*grouped.shape[:2], width // 2], np.int64)
+        shape = np.array([*weight.scales.shape, width // 2], np.int64)
         codes = builder.op("Reshape", [codes, builder.const(shape, "shape")])
     return codes, zero_points
 
@@ -182,13 +185,13 @@ def _nibbles_body(ops: Ops, inputs: Sequence[ir.Value]) -> ir.Value:
 
 def _emit_blocked(builder: Builder, target: Target, weight: QuantizedWeight) -> None:
     """DequantizeLinear(axis=0, block_size) -> MatMul, in native 4- or 8-bit types, [K, N] as the operator wants."""
-    num_inputs = target.shape[1]
+    num_inputs, bits = target.shape[1], int(weight.group_bits[0])
     builder.at(builder.model.graph[0])
-    codes = builder.native(np.ascontiguousarray(weight.codes.T), weight.spec.bits, f"{target.name}.codes")
+    codes = builder.native(np.ascontiguousarray(weight.codes.T), bits, f"{target.name}.codes")
     points: Array = np.ascontiguousarray(weight.zero_points.T)
-    if not whole_codes(points, weight.spec.bits):
-        raise InputError(f"{target.name}: DequantizeLinear holds whole zero points of {weight.spec.bits} bits only")
-    zero_points = builder.native(points.astype(np.uint8), weight.spec.bits, f"{target.name}.zero_points")
+    if not whole_codes(points, bits):
+        raise InputError(f"{target.name}: DequantizeLinear holds whole zero points of {bits} bits only")
+    zero_points = builder.native(points.astype(np.uint8), bits, f"{target.name}.zero_points")
     scales = builder.const(np.ascontiguousarray(weight.scales.T), f"{target.name}.scales")  # [G, N]
     width = weight.spec.group_width(num_inputs)
     for use in target.uses:

@@ -139,7 +139,7 @@ def _examine(node: ir.Node, suffix: str, use: Use) -> _Found | Untouched | None:
         return Untouched(name, node.op_type, reason)
     matrix, groups, layout = _orientation(node, shape)
     target = Target(name, node.op_type, (use,), origin.root, matrix, groups, layout, origin.path)
-    return _Found(target, (origin.root, node.op_type, suffix, matrix, groups, layout, _path_key(origin.path)))
+    return _Found(target, (origin.root, node.op_type, suffix, matrix, groups, layout, path_key(origin.path)))
 
 
 def _is_float(origin: Trace) -> bool:
@@ -231,7 +231,7 @@ def _orientation(node: ir.Node, shape: tuple[int, ...]) -> tuple[tuple[int, int]
     return (shape[0], math.prod(shape[1:])), groups, Layout(shape, shape, axes)  # Conv, Gather
 
 
-def _path_key(path: tuple[ir.Node, ...]) -> tuple[object, ...]:
+def path_key(path: tuple[ir.Node, ...]) -> tuple[object, ...]:
     """Equal for two paths that do the same, node for node."""
     key: list[object] = []
     for node in path:

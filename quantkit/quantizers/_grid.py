@@ -34,7 +34,7 @@ class Grid:
 
     Attributes:
         scales: [N, G] float32, positive.
-        zero_points: [N, G] float32, integers in [0, 2**bits - 1], or 0.5 everywhere for 1 bit.
+        zero_points: [N, G] float32, integers in [0, 2**bits - 1] of the group, or 0.5 for 1 bit.
         half: the scales are exact in float16.
     """
 
@@ -43,14 +43,34 @@ class Grid:
     half: bool
 
 
-def middle(bits: int) -> float:
-    """The zero point of a symmetric grid; 0.5 for 1 bit."""
-    return 2.0 ** (bits - 1) if bits > 1 else 0.5
+@dataclass(frozen=True)
+class Limits:
+    """Smallest and largest code of every group.
+
+    Attributes:
+        low, high: [G] float32.
+    """
+
+    low: FloatArray
+    high: FloatArray
 
 
-def code_limits(spec: QuantSpec) -> tuple[int, int]:
-    """Smallest and largest code of round-to-nearest: a symmetric grid leaves code 0 unused so that -w maps to -q."""
-    return (1 if spec.symmetric and spec.bits > 1 else 0), 2**spec.bits - 1
+def middles(widths: npt.NDArray[np.uint8]) -> FloatArray:
+    """[G] the zero point of a symmetric grid of each width; 0.5 for 1 bit."""
+    return np.where(widths > 1, 2.0 ** (widths - 1.0), 0.5).astype(np.float32)
+
+
+def all_codes(spec: QuantSpec, num_inputs: int) -> Limits:
+    """Every code that a group's width holds."""
+    high = (2.0 ** spec.widths(num_inputs) - 1).astype(np.float32)
+    return Limits(np.zeros_like(high), high)
+
+
+def rtn_codes(spec: QuantSpec, num_inputs: int) -> Limits:
+    """The codes of round-to-nearest: a symmetric grid leaves code 0 unused so that -w maps to -q."""
+    limits = all_codes(spec, num_inputs)
+    low = (spec.widths(num_inputs) > 1) if spec.symmetric else limits.low
+    return Limits(np.asarray(low, dtype=np.float32), limits.high)
 
 
 def row_chunks(shape: tuple[int, int], elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
@@ -100,40 +120,46 @@ def store_scales(scales: Array, half: bool) -> FloatArray:
     return (_to_half(scales) if half else np.asarray(scales)).astype(np.float32)
 
 
+def nearest_scales(scales: Array, half: bool, otherwise: Array) -> npt.NDArray[np.float64]:
+    """The storable value nearest to each scale, as float64; `otherwise` where that is 0 or infinite."""
+    with np.errstate(over="ignore"):
+        stored = scales.astype(np.float16 if half else np.float32).astype(np.float64)
+    return np.where((stored > 0) & np.isfinite(stored), stored, otherwise)
+
+
 def minmax_grid(weight: FloatArray, spec: QuantSpec) -> Grid:
     """The grid that covers each group's range and zero; for 1 bit the one that minimises the squared error."""
     low, high, size = _group_ranges(weight, spec)
-    top = 2**spec.bits - 1
-    if spec.bits == 1:
-        scales = 2 * size
-    elif spec.symmetric:
-        scales = np.maximum(high, -low) / (2 ** (spec.bits - 1) - 1)
+    widths = spec.widths(weight.shape[1])
+    single = widths == 1
+    if spec.symmetric:
+        scales = np.maximum(high, -low) / np.maximum(2.0 ** (widths - 1.0) - 1, 1)
     else:
-        scales = (high - low) / top
-    empty = 1.0 if spec.bits > 1 else _SMALLEST_HALF
+        scales = (high - low) / (2.0**widths - 1)
+    scales = np.where(single, 2 * size, scales)
+    empty = np.where(single, _SMALLEST_HALF, 1.0)
     scales = np.where(scales < _SMALLEST_SCALE, empty, scales)
     half = fits_half(scales)
     stored = store_scales(scales, half)
-    if spec.symmetric or spec.bits == 1:
-        zero_points = np.full(stored.shape, middle(spec.bits), dtype=np.float32)
-    else:
-        # Half goes up: the smallest weight then always gets code 0 and the largest always the last code.
-        zero_points = np.clip(np.floor(-low / stored + 0.5), 0, top).astype(np.float32)
+    # Half goes up: the smallest weight then always gets code 0 and the largest always the last code.
+    free = np.clip(np.floor(-low / stored + 0.5), 0, 2.0**widths - 1)
+    zero_points = np.where(single | spec.symmetric, middles(widths), free).astype(np.float32)
     return Grid(stored, zero_points, half)
 
 
 def _group_ranges(weight: FloatArray, spec: QuantSpec) -> tuple[Array, Array, Array]:
-    """[N, G] float64 each: smallest value or 0, largest value or 0, and mean |w| (1 bit only, else zeros)."""
+    """[N, G] float64 each: smallest value or 0, largest value or 0, and mean |w| (zeros when no group has 1 bit)."""
     num_rows, num_inputs = weight.shape
     width = spec.group_width(num_inputs)
     shape = (num_rows, spec.num_groups(num_inputs))
     low, high, size = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     lengths = group_lengths(num_inputs, width)
+    needs_size = bool((spec.widths(num_inputs) == 1).any())
     for rows in row_chunks(weight.shape):
         groups = grouped(weight[rows], width)
         low[rows] = np.minimum(groups.min(axis=-1), 0)
         high[rows] = np.maximum(groups.max(axis=-1), 0)
-        if spec.bits == 1:
+        if needs_size:
             size[rows] = np.abs(groups).sum(axis=-1, dtype=np.float64) / lengths
     bad = ~(np.isfinite(low) & np.isfinite(high)).all(axis=1)
     if bad.any():
@@ -142,16 +168,17 @@ def _group_ranges(weight: FloatArray, spec: QuantSpec) -> tuple[Array, Array, Ar
     return low, high, size
 
 
-def nearest_codes(values: Array, scales: Array, zero_points: Array, limits: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """clip(rint(values / scales + zero_points)), all broadcast against each other."""
+def nearest_codes(values: Array, scales: Array, zero_points: Array, limits: Limits) -> npt.NDArray[np.uint8]:
+    """clip(rint(values / scales + zero_points)); values [n, G, width], scales and zero_points [n, G, 1]."""
     codes = values / scales
     codes += zero_points
     np.rint(codes, out=codes)
-    np.clip(codes, limits[0], limits[1], out=codes)
+    np.maximum(codes, limits.low[:, None], out=codes)
+    np.minimum(codes, limits.high[:, None], out=codes)
     return codes.astype(np.uint8)
 
 
-def quantized(weight: FloatArray, spec: QuantSpec, grid: Grid, limits: tuple[int, int]) -> QuantizedWeight:
+def quantized(weight: FloatArray, spec: QuantSpec, grid: Grid, limits: Limits) -> QuantizedWeight:
     """Every weight at its nearest code of the grid."""
     num_inputs = weight.shape[1]
     width = spec.group_width(num_inputs)
@@ -160,5 +187,4 @@ def quantized(weight: FloatArray, spec: QuantSpec, grid: Grid, limits: tuple[int
         scales, zero_points = grid.scales[rows, :, None], grid.zero_points[rows, :, None]
         part = nearest_codes(grouped(weight[rows], width), scales, zero_points, limits)
         codes[rows] = part.reshape(part.shape[0], -1)[:, :num_inputs]
-    group_bits = np.full(grid.scales.shape[1], spec.bits, dtype=np.uint8)
-    return QuantizedWeight(spec, codes, grid.scales, grid.zero_points, group_bits)
+    return QuantizedWeight(spec, codes, grid.scales, grid.zero_points, spec.widths(num_inputs))

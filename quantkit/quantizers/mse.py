@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from quantkit.errors import InputError
 from quantkit.quantizers import _grid
@@ -54,38 +55,56 @@ class MSE:
     def quantize(self, weight: FloatArray, spec: QuantSpec, stats: LayerStats | None) -> QuantizedWeight:
         covering = _grid.minmax_grid(weight, spec)
         grid = self.search(weight, spec, covering, input_importance(stats))
-        return _grid.quantized(weight, spec, grid, (0, 2**spec.bits - 1))
+        return _grid.quantized(weight, spec, grid, _grid.all_codes(spec, weight.shape[1]))
 
     def search(self, weight: FloatArray, spec: QuantSpec, start: _grid.Grid, importance: Array | None) -> _grid.Grid:
         """The best grid per group, never worse than `start` under importance [groups, K] (None: all inputs alike)."""
         scales, zero_points = start.scales.copy(), start.zero_points.copy()
+        widths = spec.widths(weight.shape[1])
+        for bits in np.unique(widths):  # groups of one width are searched together
+            self._search_width(weight, spec, start, importance, int(bits), (scales, zero_points))
+        return _grid.Grid(scales, zero_points, start.half)
+
+    def _search_width(
+        self,
+        weight: FloatArray,
+        spec: QuantSpec,
+        start: _grid.Grid,
+        importance: Array | None,
+        bits: int,
+        found: tuple[FloatArray, FloatArray],
+    ) -> None:
+        """Search the groups of `bits` bits and write what is found into scales and zero points [N, G]."""
         num_rows, num_inputs = weight.shape
         width = spec.group_width(num_inputs)
-        if importance is None and spec.bits == 1:  # no code is 0: what fills a shorter last group must not count
+        groups = np.flatnonzero(spec.widths(num_inputs) == bits)
+        whole = groups.size == start.scales.shape[1]
+        if importance is None and bits == 1:  # no code is 0: what fills a shorter last group must not count
             importance = np.ones((1, num_inputs))
         elements = min(max(_grid.CHUNK_ELEMENTS, _MIN_COLUMNS * width), _MAX_ELEMENTS)
         for rows in _grid.row_chunks(weight.shape, elements):
-            base = start.scales[rows].reshape(-1)
+            part = (rows, slice(None)) if whole else (rows, groups)
+            base = start.scales[part].reshape(-1)
             # Groups side by side, [width, n * G], in units of their first scale: errors neither over- nor underflow.
-            units = np.ascontiguousarray(_grid.grouped(weight[rows], width).reshape(-1, width).T) / base
-            costs = None if importance is None else _costs(importance, rows, num_rows, width)
-            search = _Search(units, costs, base, spec.bits, self.norm, start.half)
-            search.consider(base, zero_points[rows].reshape(-1))
-            self._explore(search, spec)
-            scales[rows] = search.scales.reshape(-1, scales.shape[1])
-            zero_points[rows] = search.zero_points.reshape(-1, scales.shape[1])
-        return _grid.Grid(scales, zero_points, start.half)
+            values = _grid.grouped(weight[rows], width)[:, part[1]]
+            units = np.ascontiguousarray(values.reshape(-1, width).T) / base
+            costs = None if importance is None else _costs(importance, rows, num_rows, width, part[1])
+            search = _Search(units, costs, base, bits, self.norm, start.half)
+            search.consider(base, start.zero_points[part].reshape(-1))
+            self._explore(search, spec.symmetric)
+            found[0][part] = search.scales.reshape(-1, groups.size)
+            found[1][part] = search.zero_points.reshape(-1, groups.size)
 
-    def _explore(self, search: _Search, spec: QuantSpec) -> None:
+    def _explore(self, search: _Search, symmetric: bool) -> None:
         first = search.zero_points.copy()
-        shifts = (0,) if spec.symmetric else (0, -1, 1)
-        factors = (1 - self.max_shrink) ** np.linspace(0, 1, self.steps) if spec.bits > 1 else np.ones(0)
+        shifts = (0,) if symmetric else (0, -1, 1)
+        factors = (1 - self.max_shrink) ** np.linspace(0, 1, self.steps) if search.bits > 1 else np.ones(0)
         for shift in shifts:
-            zero_points = np.clip(first + shift, 0, 2**spec.bits - 1)
+            zero_points = np.clip(first + shift, 0, 2**search.bits - 1)
             for factor in factors[0 if shift else 1 :]:
                 search.consider(search.base * factor, zero_points)
         # 1-bit codes are the signs, whatever the scale: least squares is then the exact answer at once.
-        for _ in range(self.refinements if spec.bits > 1 else 1):
+        for _ in range(self.refinements if search.bits > 1 else 1):
             search.consider(search.least_squares(), search.zero_points)
 
 
@@ -160,10 +179,12 @@ def input_importance(stats: LayerStats | None) -> Array | None:
     return None
 
 
-def _costs(importance: Array, rows: slice, num_rows: int, width: int) -> FloatArray:
-    """[width, n * G] importance of the chunk's weights, largest 1 within each group."""
+def _costs(
+    importance: Array, rows: slice, num_rows: int, width: int, chosen: slice | npt.NDArray[np.int64]
+) -> FloatArray:
+    """[width, n * G] importance of the chunk's weights in the chosen groups, largest 1 within each group."""
     group_of_row = np.arange(rows.start, rows.stop) * importance.shape[0] // num_rows
-    groups = _grid.grouped(importance, width)
+    groups = _grid.grouped(importance, width)[:, chosen]
     largest = groups.max(axis=-1, keepdims=True)
     groups = (groups / np.where(largest > 0, largest, 1)).astype(np.float32)
     return np.ascontiguousarray(groups[group_of_row].reshape(-1, width).T)

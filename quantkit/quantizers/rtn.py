@@ -16,7 +16,7 @@ class RTN:
     stats: ClassVar[frozenset[str]] = frozenset()
 
     def quantize(self, weight: FloatArray, spec: QuantSpec, stats: LayerStats | None) -> QuantizedWeight:
-        return _grid.quantized(weight, spec, _grid.minmax_grid(weight, spec), _grid.code_limits(spec))
+        return _grid.quantized(weight, spec, _grid.minmax_grid(weight, spec), _grid.rtn_codes(spec, weight.shape[1]))
 
 
 METHOD: type[WeightQuantizer] = RTN

@@ -122,7 +122,7 @@ def _row(target: Target, option: Option | None, plan: Plan, kernel: str) -> Laye
         name=target.name,
         op=target.op,
         shape=target.shape,
-        bits=option.spec.bits,
+        bits=_bits(option.spec.average_bits(target.shape[1])),
         group_size=option.spec.group_size,
         symmetric=option.spec.symmetric,
         form=option.form,
@@ -135,9 +135,17 @@ def _row(target: Target, option: Option | None, plan: Plan, kernel: str) -> Laye
     )
 
 
+def _bits(average: float) -> float:
+    """A whole number where it is one."""
+    return int(average) if average.is_integer() else round(average, 3)
+
+
 def _average(targets: Mapping[str, Target], chosen: Mapping[str, Option]) -> tuple[float, float]:
     weights = {name: target.shape[0] * target.shape[1] for name, target in targets.items()}
-    codes = sum((chosen[name].spec.bits if name in chosen else 32) * count for name, count in weights.items())
+    codes = sum(
+        (chosen[name].spec.average_bits(targets[name].shape[1]) if name in chosen else 32) * count
+        for name, count in weights.items()
+    )
     stored = sum(
         (stored_bits(targets[name], chosen[name].spec) if name in chosen else 32) * count
         for name, count in weights.items()
@@ -184,6 +192,7 @@ def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[s
         notes.append("the file loads, but could not be run on made-up inputs and was not compared; give --calib")
     if context.held_out is None:
         notes.append("no calibration data: weights only, nothing was measured; give --calib for integer activations")
+    notes += _scaled_inputs(candidate)
     slow = [timing for timing in measured.timings if timing.speedup < 1 / 1.05]
     for timing in slow:
         shapes = ", ".join("x".join(map(str, shape)) for shape in timing.shapes.values())
@@ -196,10 +205,24 @@ def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[s
     return notes
 
 
+def _scaled_inputs(candidate: Candidate) -> list[str]:
+    """The kernel behind matmulnbits has no place for input scales: what the graph has instead."""
+    names = [
+        name
+        for name, layer in candidate.emission.layers.items()
+        if layer.form == "matmulnbits" and layer.weight.pre_scale is not None
+    ]
+    if not names:
+        return []
+    count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+    return [f"a Div is inserted in front of {count} whose inputs are scaled: {', '.join(names)}"]
+
+
 def _loaded_bytes(target: Target, option: Option) -> int:
     """Bytes of the constant that the kernel reads."""
     from quantkit.emitters.matmulnbits import kernel_bits
 
     weights = target.shape[0] * target.shape[1]
-    bits = {"packed": 32, "qdq": 8, "dynamic": 8, "matmulnbits": kernel_bits(option.spec.bits)}
-    return weights * bits.get(option.form, 4 if option.spec.bits == 4 else 8) // 8
+    widths = option.spec.widths(target.shape[1]).tolist()
+    bits = {"packed": 32, "qdq": 8, "dynamic": 8, "matmulnbits": kernel_bits(*widths)}
+    return weights * bits.get(option.form, 4 if set(widths) == {4} else 8) // 8

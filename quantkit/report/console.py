@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from quantkit.report.types import LayerRow, Report
+    from quantkit.report.types import LayerRow, Report, ScaleRow
 
 LAYER_LIMIT = 60
 UNTOUCHED_LIMIT = 12
@@ -40,6 +40,7 @@ def print_report(report: Report, console: Console, *, all_layers: bool = False) 
     name_width = NAME_WIDTH + max(0, console.width - 80) // 2
     print_layers(report, console, name_width=name_width, all_layers=all_layers)
     print_untouched(report.untouched, console, all_rows=all_layers)
+    print_scales(report.scales, console, all_rows=all_layers)
     if report.contenders:
         console.print(_contender_table(report))
     console.print(_totals_table(report))
@@ -112,6 +113,26 @@ def print_untouched(untouched: Sequence[tuple[str, str, str]], console: Console,
     console.print(table)
     if len(shown) < len(untouched):
         console.print(f"{len(untouched) - len(shown)} more are not shown (--all-layers)")
+
+
+def print_scales(scales: Sequence[ScaleRow], console: Console, *, all_rows: bool) -> None:
+    """What transforms rescaled, then what they could not, with the reason."""
+    if not scales:
+        return
+    done = [row for row in scales if row.spread is not None]
+    rows = done + [row for row in scales if row.spread is None]
+    shown = rows if all_rows else rows[:UNTOUCHED_LIMIT]
+    table = plain_table(f"rescaled ({len(done)} groups, the float model computes the same)", ("by", "divided in"))
+    table.add_column("layers", overflow="fold")
+    table.add_column("spread", justify="right")
+    table.add_column("", overflow="fold")
+    for row in shown:
+        layers = ", ".join(shorten(name, NAME_WIDTH) for name in row.layers)
+        spread = "-" if row.spread is None else f"{row.spread:.3g}x"
+        table.add_row(row.transform, Text(shorten(row.source, NAME_WIDTH)), Text(layers), spread, Text(row.reason))
+    console.print(table)
+    if len(shown) < len(rows):
+        console.print(f"{len(rows) - len(shown)} more are not shown (--all-layers)")
 
 
 def plain_table(title: str, headings: Sequence[str]) -> Table:

@@ -13,6 +13,7 @@ class LayerRow:
 
     Attributes:
         shape: (N, K).
+        bits: average over the weights where groups have different widths.
         sqnr: dB, this layer's output against float on calibration rows (None without calibration).
         kernel: operator that the runtime really runs for it, read from the optimised graph ("" = folded away).
         form: how it is written (`qdq`, `dynamic`, `matmulnbits`, `gather`, `packed`).
@@ -22,7 +23,7 @@ class LayerRow:
     name: str
     op: str
     shape: tuple[int, int]
-    bits: int | None
+    bits: float | None
     group_size: int | None
     symmetric: bool | None
     form: str | None
@@ -80,6 +81,25 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class ScaleRow:
+    """Layers that a transform rescaled together, or one that it could not.
+
+    Attributes:
+        transform: its name.
+        source: the node that takes the division; for an inserted Mul, the value behind which it stands.
+        layers: names of the layers that are multiplied.
+        spread: largest scale over the smallest; None when nothing was scaled.
+        reason: why nothing was scaled; for an inserted Mul, that there is one.
+    """
+
+    transform: str
+    source: str
+    layers: tuple[str, ...]
+    spread: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a run found out.
 
@@ -89,6 +109,7 @@ class Report:
         stored_bits: the same with scales and zero points.
         budget_met: False when the budget or the accuracy asked for was not reached (exit code 1).
         unmet: the sentences that say which.
+        scales: what transforms rescaled, and what they could not.
         notes: things the user should know (folding, slower than float, memory at run time ...).
         provenance: hashes and versions, as in the model's metadata_props.
     """
@@ -107,6 +128,7 @@ class Report:
     unmet: tuple[str, ...]
     notes: tuple[str, ...]
     provenance: Mapping[str, str]
+    scales: tuple[ScaleRow, ...] = ()
 
     @property
     def budget_met(self) -> bool:

@@ -146,6 +146,7 @@ def test_names_and_metadata(build: Build) -> None:
     model = build(text.replace("(float[2] x)", "(float[2] x, bool f)", 1))
     model.graph.node[0].doc_string = "long"
     model.graph.node[0].metadata_props.add(key="pkg.torch.onnx.stack_trace", value="long")
+    model.graph.node[0].metadata_props.add(key="namespace", value="long too")
     model.graph.node[0].metadata_props.add(key="mine", value="short")
     model.metadata_props.add(key="author", value="me")
     loaded = load_model(model).model

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 
 from quantkit.errors import InputError
-from quantkit.runtime.torch_backend._dtypes import FLOATS, SUB_BYTE, Carriers, Packed, packed_bytes, to_torch_tensor
-from quantkit.runtime.torch_backend._functions import Expansion, FunctionKey, expand
-from quantkit.runtime.torch_backend._program import Placement, Program, Step
+from quantkit.runtime.torch_backend._dtypes import FLOATS, SUB_BYTE, Carriers, to_torch_tensor
+from quantkit.runtime.torch_backend._functions import Expansion, expand
+from quantkit.runtime.torch_backend._program import Program, Step
+from quantkit.runtime.torch_backend._scope import Compiler, Constant, Read, Scope, State
 from quantkit.runtime.torch_backend._table import find
 from quantkit.runtime.torch_backend._types import Node, Op, Value
 
-_Read = tuple[ir.Value, bool]
-"""A value of an outer graph, and whether it is read as numbers."""
 INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL})
 MAX_NESTING = 64
-
-
-@dataclass
-class State:
-    """What nested programs need while they run; one per module."""
-
-    placement: Placement | None = None
 
 
 @dataclass(frozen=True)
@@ -47,21 +38,6 @@ class CompiledBody:
     def __call__(self, formal: Sequence[Value], captured: Sequence[Value]) -> list[Value]:
         chosen = [captured[position] for position in self.positions]
         return self.program(list(formal), chosen, self.state.placement)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """An initializer that the program reads.
-
-    Attributes:
-        name: of its value.
-        tensor: the data; bytes where `packed`.
-        packed: how to unpack it.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    packed: Packed | None
 
 
 @dataclass
@@ -84,90 +60,6 @@ class Compiled:
     defaults: Mapping[str, int]
 
 
-@dataclass
-class _Compiler:
-    """What all graphs of one model share."""
-
-    carriers: Carriers
-    functions: Mapping[FunctionKey, onnx.FunctionProto]
-    state: State
-    unsupported: dict[str, list[str]] = field(default_factory=dict)
-    tensors: dict[ir.Value, tuple[torch.Tensor, Packed | None]] = field(default_factory=dict)
-
-    def tensor(self, value: ir.Value) -> tuple[torch.Tensor, Packed | None]:
-        """An initializer's data, read once."""
-        if value not in self.tensors:
-            source = value.const_value
-            assert source is not None
-            if source.dtype in SUB_BYTE:
-                shape = tuple(int(size) for size in source.shape.numpy())
-                self.tensors[value] = (packed_bytes(source), Packed(source.dtype, shape))
-            else:
-                data = to_torch_tensor(source.numpy(), source.dtype)
-                if source.dtype in FLOATS and data.dtype != self.carriers(source.dtype):
-                    data = data.to(self.carriers(source.dtype))
-                self.tensors[value] = (data, None)
-        return self.tensors[value]
-
-
-class _Scope:
-    """One graph being compiled."""
-
-    def __init__(self, compiler: _Compiler, parent: _Scope | None, opsets: Mapping[str, int]) -> None:
-        self.compiler, self.parent, self.opsets = compiler, parent, opsets
-        self.depth: int = 0 if parent is None else parent.depth + 1
-        self.slots: dict[ir.Value, int] = {}
-        self.outside: dict[_Read, int] = {}
-        self.constants: dict[int, Constant] = {}
-        self.host: dict[int, torch.Tensor] = {}
-        self.on_host: set[ir.Value] = set()
-        self.steps: list[Step] = []
-        self.count = 0
-
-    def new(self) -> int:
-        self.count += 1
-        return self.count - 1
-
-    def define(self, value: ir.Value) -> int:
-        self.slots[value] = self.new()
-        return self.slots[value]
-
-    def reads(self, value: ir.Value, as_number: bool = False) -> int:
-        """The slot to read a value from; what this graph does not define comes from outside.
-
-        Args:
-            as_number: the input is a shape, axis or count: a constant then never leaves the CPU.
-        """
-        if value in self.slots:
-            return self.slots[value]
-        read = (value, as_number and value.const_value is not None)
-        if read not in self.outside:
-            self.outside[read] = self.new() if self.parent is not None else self._constant(*read)
-        return self.outside[read]
-
-    def _constant(self, value: ir.Value, as_number: bool) -> int:
-        if value.const_value is None:
-            raise InputError(f"the model reads {value.name!r}, which nothing defines")
-        tensor, packed = self.compiler.tensor(value)
-        slot = self.new()
-        if as_number:
-            self.host[slot] = tensor if packed is None else packed.unpack(tensor)
-            return slot
-        self.constants[slot] = Constant(str(value.name), tensor, packed)
-        if packed is None:
-            return slot
-        # Unpacked right before its first reader and forgotten after the last one.
-        unpacked = self.new()
-        self.steps.append(Step(packed.unpack, (slot,), (unpacked,), (), (), (), f"unpack {value.name}"))
-        return unpacked
-
-    def is_on_host(self, value: ir.Value) -> bool:
-        """A shape or count, computed from shapes."""
-        if value in self.on_host:
-            return True
-        return self.parent is not None and value not in self.slots and self.parent.is_on_host(value)
-
-
 def compile_model(model: ir.Model, carriers: Carriers, state: State) -> Compiled:
     """Convert every node.
 
@@ -175,8 +67,8 @@ def compile_model(model: ir.Model, carriers: Carriers, state: State) -> Compiled
         InputError: operators that nothing here computes, all of them named; a node that its converter refuses.
     """
     functions = {key: ir.serde.serialize_function(function) for key, function in model.functions.items()}
-    compiler = _Compiler(carriers, functions, state)
-    scope = _Scope(compiler, None, dict(model.opset_imports))
+    compiler = Compiler(model.graph, carriers, functions, state)
+    scope = Scope(compiler, None, dict(model.opset_imports))
     graph = model.graph
     overridable = [value for value in graph.inputs if value.const_value is not None]
     defaults = {str(value.name): scope.reads(value, value.dtype in SUB_BYTE) for value in overridable}
@@ -194,7 +86,7 @@ def compile_model(model: ir.Model, carriers: Carriers, state: State) -> Compiled
     return Compiled(program, scope.constants, scope.host, computed, inputs, defaults)
 
 
-def _add_nodes(scope: _Scope, graph: ir.Graph) -> None:
+def _add_nodes(scope: Scope, graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type == "Constant" and node.domain == "":
             _make_constant(node)
@@ -218,7 +110,7 @@ def _make_constant(node: ir.Node) -> None:
         raise InputError(f"the torch backend has no {attribute.name} constants (node {node.name!r})")
 
 
-def _add_node(scope: _Scope, node: ir.Node) -> None:
+def _add_node(scope: Scope, node: ir.Node) -> None:
     domain = "" if node.domain == "ai.onnx" else node.domain
     version = scope.opsets.get(domain, 1)
     op = (
@@ -239,7 +131,7 @@ def _add_node(scope: _Scope, node: ir.Node) -> None:
     _add_step(scope, node, op, version)
 
 
-def _add_step(scope: _Scope, node: ir.Node, op: Op, version: int) -> None:
+def _add_step(scope: Scope, node: ir.Node, op: Op, version: int) -> None:
     attributes, captured = _attributes(scope, node)
     values = list(node.inputs)
     described = Node(
@@ -255,7 +147,10 @@ def _add_step(scope: _Scope, node: ir.Node, op: Op, version: int) -> None:
     run = op.convert(described)
     host = tuple(position for position in op.host if position < len(values) and values[position] is not None)
     data = [value for position, value in enumerate(values) if value is not None and position not in op.host]
-    stays = _stays_on_host(scope, node, op, data)
+    # What a subgraph computes lies where the values lie that it captures.
+    stays = not any(isinstance(item, CompiledBody) for item in attributes.values()) and _stays_on_host(
+        scope, node, op, data
+    )
     slots: list[int | None] = []
     for position, value in enumerate(values):
         if value is None:
@@ -273,9 +168,9 @@ def _add_step(scope: _Scope, node: ir.Node, op: Op, version: int) -> None:
     scope.steps.append(Step(run, tuple(slots), outputs, host, moved, (), f"{node.op_type} {described.name!r}"))
 
 
-def _stays_on_host(scope: _Scope, node: ir.Node, op: Op, data: Sequence[ir.Value]) -> bool:
+def _stays_on_host(scope: Scope, node: ir.Node, op: Op, data: Sequence[ir.Value]) -> bool:
     """Whether the node is shape arithmetic: nothing that it reads lies on the device."""
-    computed = [value for value in data if value.const_value is None]
+    computed = [value for value in data if not scope.is_constant(value)]
     if computed:
         return all(scope.is_on_host(value) for value in computed)
     if not op.host or op.to_host:
@@ -284,10 +179,10 @@ def _stays_on_host(scope: _Scope, node: ir.Node, op: Op, data: Sequence[ir.Value
     return not data and all(value.dtype in INTEGERS for value in node.outputs)
 
 
-def _attributes(scope: _Scope, node: ir.Node) -> tuple[dict[str, Any], list[_Read]]:
+def _attributes(scope: Scope, node: ir.Node) -> tuple[dict[str, Any], list[Read]]:
     """Attributes as plain values, and what their subgraphs read from outside."""
     plain: dict[str, Any] = {}
-    programs: dict[str, tuple[Program, list[_Read]]] = {}
+    programs: dict[str, tuple[Program, list[Read]]] = {}
     for name, attribute in node.attributes.items():
         if attribute.type == ir.AttributeType.GRAPH:
             programs[name] = _body(scope, attribute.as_graph(), scope.opsets)
@@ -304,9 +199,9 @@ def _attributes(scope: _Scope, node: ir.Node) -> tuple[dict[str, Any], list[_Rea
     return plain, captured
 
 
-def _body(scope: _Scope, graph: ir.Graph, opsets: Mapping[str, int]) -> tuple[Program, list[_Read]]:
+def _body(scope: Scope, graph: ir.Graph, opsets: Mapping[str, int]) -> tuple[Program, list[Read]]:
     """A nested graph, and the values of outer graphs that it reads."""
-    inner = _Scope(scope.compiler, scope, opsets)
+    inner = Scope(scope.compiler, scope, opsets)
     inputs = tuple(inner.define(value) for value in graph.inputs)
     _add_nodes(inner, graph)
     outputs = tuple(inner.reads(value) for value in graph.outputs)
@@ -314,26 +209,37 @@ def _body(scope: _Scope, graph: ir.Graph, opsets: Mapping[str, int]) -> tuple[Pr
     return program, list(inner.outside)
 
 
-def _add_expansion(scope: _Scope, node: ir.Node, expansion: Expansion) -> None:
-    program, captured = _body(scope, expansion.graph, expansion.opsets)
-    state = scope.compiler.state
-    count = len(program.inputs)
-    single = len(node.outputs) == 1
+def _add_expansion(scope: Scope, node: ir.Node, expansion: Expansion) -> None:
+    """A function's body: like a subgraph that captures its arguments, so that shapes stay shapes inside."""
+    inner = Scope(scope.compiler, scope, expansion.opsets)
+    arguments = (*node.inputs, *[None] * (len(expansion.graph.inputs) - len(node.inputs)))
+    for parameter, argument in zip(expansion.graph.inputs, arguments, strict=True):
+        if argument is None:
+            inner.define(parameter)  # and nothing ever fills it
+        else:
+            inner.bind(parameter, argument)
+    _add_nodes(inner, expansion.graph)
+    program = _finished(
+        inner, (), tuple(inner.outside.values()), tuple(inner.reads(value) for value in expansion.graph.outputs)
+    )
+    state, produced, single = scope.compiler.state, expansion.produced, len(node.outputs) == 1
 
-    def run(*args: Value) -> Value:
-        formal = (*args[: len(node.inputs)], *[None] * (count - len(node.inputs)))
-        results = iter(program(formal, args[len(node.inputs) :], state.placement))
-        values = tuple(next(results) if produced else None for produced in expansion.produced)
+    def run(*captured: Value) -> Value:
+        results = iter(program((), captured, state.placement))
+        values = tuple(next(results) if there else None for there in produced)
         return values[0] if single else values
 
-    slots = [None if value is None else scope.reads(value) for value in node.inputs]
-    slots += [scope.reads(*read) for read in captured]
+    slots = tuple(scope.reads(*read) for read in inner.outside)
     outputs = tuple(scope.define(value) if value.name else None for value in node.outputs)
+    computed = iter(expansion.graph.outputs)
+    for value, there in zip(node.outputs, expansion.produced, strict=False):
+        if there and inner.is_on_host(next(computed)):
+            scope.on_host.add(value)
     label = f"{node.op_type} {str(node.name or node.outputs[0].name)!r}"
-    scope.steps.append(Step(run, tuple(slots), outputs, (), (), (), label))
+    scope.steps.append(Step(run, slots, outputs, (), (), (), label))
 
 
-def _finished(scope: _Scope, inputs: tuple[int, ...], captured: tuple[int, ...], outputs: tuple[int, ...]) -> Program:
+def _finished(scope: Scope, inputs: tuple[int, ...], captured: tuple[int, ...], outputs: tuple[int, ...]) -> Program:
     """With the last reader of every slot known."""
     kept = {*outputs, *scope.constants, *scope.host}
     last: dict[int, int] = {}

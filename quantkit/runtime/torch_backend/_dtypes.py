@@ -70,6 +70,8 @@ _WIDE: dict[ir.DataType, type[np.generic]] = {
 }
 SUB_BYTE = {ir.DataType.INT2: 2, ir.DataType.UINT2: 2, ir.DataType.INT4: 4, ir.DataType.UINT4: 4}
 """Bits of the types that files store several to a byte, lowest bits first."""
+TINY = 64
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def to_torch_tensor(array: Array, dtype: ir.DataType) -> torch.Tensor:
 
 
 def _shared(values: Array) -> torch.Tensor:
-    if values.dtype.byteorder == ">" or any(stride < 0 for stride in values.strides):
+    # Python keeps single bytes once for the whole process: what is tiny gets memory of its own.
+    tiny = values.nbytes <= TINY
+    if tiny or values.dtype.byteorder == ">" or any(stride < 0 for stride in values.strides):
         values = np.array(values, dtype=values.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -154,7 +158,7 @@ class Packed:
 
 def packed_bytes(tensor: ir.TensorProtocol) -> torch.Tensor:
     """[bytes] uint8: a tensor of a type in SUB_BYTE as files store it."""
-    return torch.frombuffer(bytearray(tensor.tobytes()), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(bytearray(tensor.tobytes()), dtype=np.uint8))
 
 
 _ = ml_dtypes  # registers the types with numpy

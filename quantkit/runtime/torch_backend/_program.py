@@ -46,6 +46,8 @@ class Placement:
         self._copies: dict[tuple[torch.dtype, tuple[int, ...], bytes], torch.Tensor] = {}
 
     def __call__(self, value: Value) -> Value:
+        if isinstance(value, list):
+            return [self(item) for item in value]
         if not isinstance(value, torch.Tensor) or value.device == self.device:
             return value
         if value.requires_grad or value.device.type != "cpu" or value.numel() > LARGEST_COPY:
@@ -98,22 +100,27 @@ class Program:
             for slot in self.inputs:
                 _watch(env, slot, watchers)
         args: list[Value] = []
-        for step in self.steps:
-            args = [None if slot is None else env[slot] for slot in step.inputs]
-            if placement is not None:
-                _place(step, args, placement)
-            result = step.run(*args)
-            # A converter may return optional extras that this node does not name.
-            results = (result,) if len(step.outputs) == 1 else result
-            for target, item in zip(step.outputs, results, strict=False):
-                if target is not None:
-                    env[target] = item
-                    if watchers:
-                        _watch(env, target, watchers)
-            for slot in step.frees:
-                if slot not in keep:
-                    env[slot] = None
-            del result, results, item
+        try:
+            for step in self.steps:
+                args = [None if slot is None else env[slot] for slot in step.inputs]
+                if placement is not None:
+                    _place(step, args, placement)
+                result = step.run(*args)
+                # A converter may return optional extras that this node does not name.
+                results = (result,) if len(step.outputs) == 1 else result
+                item = None
+                for target, item in zip(step.outputs, results, strict=False):
+                    if target is not None:
+                        env[target] = item
+                        if watchers:
+                            _watch(env, target, watchers)
+                for slot in step.frees:
+                    if slot not in keep:
+                        env[slot] = None
+                del result, results, item
+        except Exception as error:
+            error.add_note(f"in {step.label} of {', '.join(map(_described, args)) or 'nothing'}")
+            raise
         return env
 
     def __call__(
@@ -134,8 +141,15 @@ def _place(step: Step, args: list[Value], placement: Placement) -> None:
         args[position] = placement(args[position])
 
 
+def _described(value: Value) -> str:
+    """For messages: float32[2, 3]."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
+
+
 def _watch(env: list[Value], slot: int, watchers: Watchers) -> None:
-    for function in watchers.get(slot, ()):
+    for function in tuple(watchers.get(slot, ())):  # some end their own watching
         replaced = function(env[slot])
         if replaced is not None:
             env[slot] = replaced

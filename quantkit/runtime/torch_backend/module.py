@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -13,9 +15,10 @@ from onnx_ir.passes import common as passes
 
 from quantkit.errors import InputError
 from quantkit.graph.load import open_model, quiet
-from quantkit.runtime.torch_backend._compile import Compiled, State, compile_model
+from quantkit.runtime.torch_backend._compile import Compiled, compile_model
 from quantkit.runtime.torch_backend._dtypes import Carriers
 from quantkit.runtime.torch_backend._program import Placement
+from quantkit.runtime.torch_backend._scope import State
 from quantkit.runtime.torch_backend._types import Value
 
 OVERRIDABLE = 4
@@ -29,7 +32,8 @@ class TorchModule(torch.nn.Module):
     Attributes:
         input_names, output_names: in the model's order; initializers that are also inputs are left out.
         input_types, output_types: ONNX element types, None where the model does not tell.
-        keys: initializer name -> its name among the parameters and buffers (which may hold no dots).
+        keys: initializer name -> its name among the parameters and buffers (which may hold no dots). A name that a
+            subgraph or function uses again means the main graph's.
     """
 
     def __init__(self, graph: ir.Graph, compiled: Compiled, state: State) -> None:
@@ -39,19 +43,20 @@ class TorchModule(torch.nn.Module):
         self.input_types = tuple(value.dtype for value in formal)
         self.output_names = tuple(str(value.name) for value in graph.outputs)
         self.output_types = tuple(value.dtype for value in graph.outputs)
-        self._compiled, self._state = compiled, state
+        # The module alone holds the weights: what moves to another device must not stay behind.
+        self._compiled, self._state = replace(compiled, constants={}), state
         self._placements: dict[torch.device, Placement] = {}
         self._watchers: dict[int, list[Watcher]] = {}
         self.keys: dict[str, str] = {}
         self._constants: list[tuple[int, str, bool]] = []
-        for slot, constant in compiled.constants.items():
+        for slot, constant in sorted(compiled.constants.items(), key=lambda item: item[1].nested):
             key = self._free_key(constant.name)
             trainable = constant.tensor.is_floating_point() and constant.tensor.element_size() > 1
             if trainable:
                 self.register_parameter(key, torch.nn.Parameter(constant.tensor, requires_grad=False))
             else:
                 self.register_buffer(key, constant.tensor)
-            self.keys[constant.name] = key
+            self.keys.setdefault(constant.name, key)
             self._constants.append((slot, key, trainable))
 
     def _free_key(self, name: str) -> str:
@@ -96,11 +101,12 @@ class TorchModule(torch.nn.Module):
             InputError: the main graph computes no such value.
         """
         slot = self._slot(name)
-        self._watchers.setdefault(slot, []).append(function)
+        watcher = partial(function)  # equal to no other, should the same function watch twice
+        self._watchers.setdefault(slot, []).append(watcher)
 
         def remove() -> None:
-            if function in self._watchers.get(slot, []):
-                self._watchers[slot].remove(function)
+            if watcher in self._watchers.get(slot, []):
+                self._watchers[slot].remove(watcher)
                 if not self._watchers[slot]:
                     del self._watchers[slot]
 
@@ -126,9 +132,12 @@ class TorchModule(torch.nn.Module):
         if missing or unknown:
             wrong = [f"{name!r} is missing" for name in missing] + [f"{name!r} is unknown" for name in unknown]
             raise InputError(f"inputs of the model are {', '.join(map(repr, self.input_names))}: {', '.join(wrong)}")
+        for name, value in feeds.items():
+            if not isinstance(value, (torch.Tensor, list, tuple, type(None))):
+                raise InputError(f"the input {name!r} is a {type(value).__name__}, give a torch.Tensor")
 
     def _execute(self, feeds: Mapping[str, Value], keep: frozenset[int]) -> list[Value]:
-        placement = self._placement(feeds)
+        placement, before = self._placement(feeds), self._state.placement
         self._state.placement = placement
         program = self._compiled.program
         values: dict[int, Value] = dict(self._compiled.host)
@@ -139,7 +148,7 @@ class TorchModule(torch.nn.Module):
         try:
             return program.execute(values, placement, self._watchers, keep)
         finally:
-            self._state.placement = None
+            self._state.placement = before  # a watcher may run the module inside a run
 
     def _placement(self, feeds: Mapping[str, Value]) -> Placement | None:
         """None when everything is on the CPU."""
@@ -158,7 +167,8 @@ def to_torch(model: str | Path | onnx.ModelProto | ir.Model, *, dtype: torch.dty
     """Turn an ONNX model into a torch module on the CPU; `.to("cuda")` moves it.
 
     Args:
-        model: file, protobuf or graph; never changed. External data stays memory-mapped.
+        model: file, protobuf or graph; never changed. External data stays memory-mapped, and what is written to such
+            weights stays in memory. The module shares the weights of an onnx_ir.Model: to train it, copy it.
         dtype: compute type of all ordinary floats (float64 for derivative checks, float16 for a GPU); None keeps the
             model's own.
 
