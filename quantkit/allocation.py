@@ -35,7 +35,7 @@ def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
     with progress.task("choosing the calibrator"):
         recipe = Recipe(_calibrator(context, contenders))
     with progress.task("allocating bits"):
-        candidate = _within_size(context, budget, recipe)
+        candidate = _allocated(context, budget, recipe, contenders)
         candidate, recipe = _corrected(context, budget, recipe, candidate, contenders)
         candidate = _within_latency(context, budget, recipe, candidate, contenders)
     candidate, recipe = _sequenced(context, recipe, candidate, contenders)
@@ -109,9 +109,32 @@ def _sizing_form(chooser: Chooser, name: str, context: Context) -> str:
     return "gather" if context.targets[name].op == "Gather" else "packed"
 
 
-def _within_size(context: Context, budget: Budget, recipe: Recipe) -> Candidate:
-    """Allocate on estimated sizes; what the real file shows of the rest of the model corrects the estimate."""
+def _allocated(
+    context: Context, budget: Budget, recipe: Recipe, contenders: list[tuple[Candidate, Measurement]]
+) -> Candidate:
+    """The allocator's plan, or the uniform one of the same budget where held-out samples find that better."""
     name = "uniform" if context.options.allocator == "auto" else context.options.allocator
+    candidate = _within_size(context, budget, recipe, name)
+    if name == "uniform" or context.held_out is None:
+        return candidate
+    uniform = _within_size(context, budget, recipe, "uniform")
+    limit = budget.max_bytes(context.loaded.size)
+    ours, theirs = (_measured(context, item, contenders) for item in (candidate, uniform))
+    fits = limit is None or uniform.size <= max(limit, candidate.size)
+    return uniform if fits and theirs.sqnr > ours.sqnr else candidate
+
+
+def _measured(context: Context, candidate: Candidate, contenders: list[tuple[Candidate, Measurement]]) -> Measurement:
+    """Its figures, taken once and kept among the contenders."""
+    known = next((figures for other, figures in contenders if other is candidate), None)
+    if known is None:
+        known = measure(context, candidate)
+        contenders.append((candidate, known))
+    return known
+
+
+def _within_size(context: Context, budget: Budget, recipe: Recipe, name: str) -> Candidate:
+    """Allocate on estimated sizes; what the real file shows of the rest of the model corrects the estimate."""
     settings = {
         key.partition(".")[2]: value for key, value in context.options.settings.items() if key.startswith(f"{name}.")
     }
@@ -162,8 +185,7 @@ def _corrected(
     corrected = replace(recipe, bias_correction=True)
     label = f"{candidate.name}, bias corrected"
     other = build(context, specs, corrected, name=label, max_latency=budget.max_latency)
-    before, after = measure(context, candidate), measure(context, other)
-    contenders.extend([(candidate, before), (other, after)])
+    before, after = _measured(context, candidate, contenders), _measured(context, other, contenders)
     return (other, corrected) if after.sqnr > before.sqnr + CORRECTION_GAIN_DB else (candidate, recipe)
 
 
@@ -178,9 +200,7 @@ def _within_latency(
     if context.held_out is None:
         return candidate
     specs = candidate.asked
-    figures = measure(context, candidate)
-    if all(other is not candidate for other, _ in contenders):
-        contenders.append((candidate, figures))
+    figures = _measured(context, candidate, contenders)
     if budget.max_latency is None:
         if figures.latency <= SLOWER:
             return candidate
@@ -204,9 +224,7 @@ def _sequenced(
     label = f"{candidate.name}, on quantized inputs"
     other = assemble(context, candidate.chosen, regions, params, label, sequential)
     other = replace(other, asked=candidate.asked)
-    after = measure(context, other)
-    before = next(figures for known, figures in contenders if known is candidate)
-    contenders.append((other, after))
+    before, after = _measured(context, candidate, contenders), _measured(context, other, contenders)
     return (other, sequential) if wanted == "quantized" or after.sqnr > before.sqnr else (candidate, recipe)
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from quantkit.calibration import accumulators
 from quantkit.calibration.accumulators import Distribution
@@ -96,7 +97,9 @@ class Context:
         key = (target.name, stored)
         if key not in self.weights:
             stats = seen_by(self.quantizer, self.stats.get(target.name))
-            made = self.quantizer.quantize(target.load(), stored, stats)
+            # Small products lose tenfold by threads, and one thread gives the same bits whatever the number of cores.
+            with threadpool_limits(limits=1):
+                made = self.quantizer.quantize(target.load(), stored, stats)
             self.weights[key] = made
             self.weights.setdefault((target.name, made.spec), made)  # asked for again with the widths that it chose
         return self.weights[key]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from quantkit.calibration.augment import Augmented
 from quantkit.calibration.collector import ROW_OPERATORS, padding_masks
@@ -129,7 +130,8 @@ def quantize_sequentially(
     shifts: dict[str, FloatArray] = {}
 
     def settle(name: str, weight: FloatArray, stats: LayerStats | None) -> None:
-        made[name] = quantizer.quantize(weight, replace(specs[name], act_bits=None), stats)
+        with threadpool_limits(limits=1):  # as everywhere: faster for small products, and the same bits on all machines
+            made[name] = quantizer.quantize(weight, replace(specs[name], act_bits=None), stats)
         simulate_weight(builder, ours[name], used(targets[name], made[name]))
 
     def keep_mean(name: str, item: Cross) -> None:

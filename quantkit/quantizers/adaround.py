@@ -61,7 +61,7 @@ class AdaRound:
     warm: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
-    damp: float = 0.1
+    damp: float = GPTQ.damp
     learn_scales: bool = False
     scale_rate: float = 1e-3
     double: bool = False
