@@ -192,7 +192,7 @@ class Recipe:
     Attributes:
         calibrator: how ranges are taken from histograms.
         bias_correction: shift biases by what rounding does to the outputs' means.
-        sequential: quantize every layer on what the quantized layers before it produce.
+        sequential: quantize every layer on what the quantized layers before it produce; biases then always follow.
     """
 
     calibrator: str
@@ -249,7 +249,7 @@ def assemble(
 ) -> Candidate:
     """Quantize and emit what was chosen."""
     if recipe.sequential:
-        layers, shifts = _sequential(context, chosen, recipe)
+        layers, shifts = _sequential(context, chosen)
     else:
         layers = {
             key: Assignment(option.form, context.quantize(context.targets[key], option.spec))
@@ -262,20 +262,18 @@ def assemble(
     return Candidate(name, chosen, emission, emitted, content, size + provenance_bytes(context))
 
 
-def _sequential(
-    context: Context, chosen: Mapping[str, Option], recipe: Recipe
-) -> tuple[dict[str, Assignment], dict[str, FloatArray]]:
+def _sequential(context: Context, chosen: Mapping[str, Option]) -> tuple[dict[str, Assignment], dict[str, FloatArray]]:
     """The layers one after the other, each on what those before it really produce, and what their biases gain."""
     assert context.calibration is not None
     options = context.options
-    data = Augmented(context.calibration, token_inputs(context.targets), options.augment, options.seed)
+    data = Augmented(context.calibration, token_inputs(context.loaded.model), options.augment, options.seed)
     found = quantize_sequentially(
         context.loaded.model,
         context.targets,
         {key: option.spec for key, option in chosen.items()},
         data,
         context.quantizer,
-        Settings(threads=options.threads, seed=options.seed, bias=recipe.bias_correction),
+        Settings(threads=options.threads, seed=options.seed, bias=True),
         context.progress,
         effective=lambda target, weight: emitter(chosen[target.name].form).effective_weight(weight),
     )

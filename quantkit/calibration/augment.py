@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 
-from quantkit.types import Array, CalibrationSource, Feed, Target
+from quantkit.graph._trace import trace
+from quantkit.types import Array, CalibrationSource, Feed
 
+LOOKUPS = ("Gather", "GatherBlockQuantized")
 SHARES = (0.3, 0.15, 0.5)
 """Share of the tokens replaced in the first copy, the second, the third, and so on around."""
 
@@ -61,13 +64,21 @@ class Augmented:
         return replaced.astype(ids.dtype)
 
 
-def token_inputs(targets: Mapping[str, Target]) -> dict[str, int]:
-    """Model inputs that look rows up in a table -> rows of the largest such table."""
+def token_inputs(model: ir.Model) -> dict[str, int]:
+    """Model inputs that look rows up in a table of constants -> rows of the largest such table."""
     found: dict[str, int] = {}
-    for target in targets.values():
-        for use in target.uses:
-            if target.op == "Gather" and use.data.is_graph_input():
-                name = str(use.data.name)
-                found[name] = max(found.get(name, 0), target.shape[0])
+    for node in model.graph:
+        if node.op_type not in LOOKUPS or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        table, ids = trace(node.inputs[0]).root.const_value, _before_casts(node.inputs[1])
+        if table is not None and len(table.shape) == 2 and ids.is_graph_input():
+            found[str(ids.name)] = max(found.get(str(ids.name), 0), len(table.numpy()))
     kinds = ("type", "segment", "position", "mask")  # whose tables are no vocabulary
     return {name: rows for name, rows in found.items() if not any(kind in name for kind in kinds)}
+
+
+def _before_casts(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    if node is None or node.op_type != "Cast" or node.inputs[0] is None:
+        return value
+    return _before_casts(node.inputs[0])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from quantkit.calibration.augment import SHARES, Augmented, token_inputs
 from quantkit.graph.load import load_model
-from quantkit.graph.targets import find_targets
 from tests.helpers import models
 
 IDS = np.arange(200).reshape(4, 50) + 1000
@@ -55,7 +53,16 @@ def test_without_token_inputs_nothing_is_copied() -> None:
 
 
 def test_token_inputs_are_those_that_look_up_rows() -> None:
-    targets, _ = find_targets(load_model(ir.from_proto(models.block())).model)
-    assert token_inputs(targets) == {"ids": 50}
-    targets, _ = find_targets(load_model(ir.from_proto(models.cnn())).model)
-    assert token_inputs(targets) == {}
+    assert token_inputs(load_model(models.block()).model) == {"ids": 50}
+    assert token_inputs(load_model(models.cnn()).model) == {}
+
+
+def test_ids_that_are_converted_first_and_tables_that_are_no_vocabulary() -> None:
+    text = """g (int32[B,S] ids, int64[B,S] token_type_ids, float[40,4] words, float[2,4] kinds) => (float[B,S,4] y) {
+        wide = Cast<to=7>(ids)
+        w = Gather(words, wide)
+        k = Gather(kinds, token_type_ids)
+        y = Add(w, k)
+    }"""
+    weights = {"words": models.random(40, 4), "kinds": models.random(2, 4)}
+    assert token_inputs(load_model(models.build(text, weights)).model) == {"ids": 40}
