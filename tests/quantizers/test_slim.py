@@ -124,7 +124,8 @@ def test_salience_is_what_removing_a_weight_costs() -> None:
     """w^2 / U_ii^2, U the Cholesky factor of the inverse: by the definition, and by the best repair, in float64."""
     weight, stats = layer(4, 12)
     assert stats.gram is not None
-    gram = stats.gram[0] + 0.01 * np.trace(stats.gram[0]) / 12 * np.eye(12)
+    size = np.sqrt(np.diagonal(stats.gram[0])).mean() ** 2
+    gram = stats.gram[0] + 0.01 * size * np.eye(12)
     factor = np.linalg.cholesky(np.linalg.inv(gram)).T
     wanted = np.square(weight.astype(np.float64)) / np.square(np.diagonal(factor))
     np.testing.assert_allclose(inputs_of(stats, weight.shape).salience(weight), wanted, rtol=1e-9)

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+from torch.autograd import forward_ad
 
 from quantkit.runtime.torch_backend._integers import RANGES
 from quantkit.runtime.torch_backend._types import Node, Run
 from quantkit.runtime.torch_backend.casting import FLOAT8, caster, plain, to_e2m1
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+def is_followed(x: torch.Tensor) -> bool:
+    """Whether a derivative passes, backward or forward (torch.func.jvp)."""
+    return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def through(rounded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +50,7 @@ class Grid:
             x = x.to(torch.float32)
         if self.convert is not None:
             return self._floats(x if zero_point is None else x + plain(zero_point).to(x.dtype))
-        if not x.requires_grad:
+        if not is_followed(x):
             codes = torch.round(x)  # new memory, which nobody else sees: the rest may happen in place
             if zero_point is not None:
                 codes.add_(zero_point.to(x.dtype))
@@ -59,7 +65,7 @@ class Grid:
     def _floats(self, x: torch.Tensor) -> torch.Tensor:
         assert self.convert is not None
         codes: torch.Tensor = self.convert(x)
-        if not x.requires_grad:
+        if not is_followed(x):
             return codes
         return through(plain(codes).to(x.dtype), torch.clamp(x, self.low, self.high))
 

@@ -13,11 +13,10 @@ from quantkit.errors import InputError
 from quantkit.runtime.torch_backend._dtypes import FLOATS, SUB_BYTE, Carriers, to_torch_tensor
 from quantkit.runtime.torch_backend._functions import Expansion, expand
 from quantkit.runtime.torch_backend._program import Program, Step
-from quantkit.runtime.torch_backend._scope import Compiler, Constant, Read, Scope, State
+from quantkit.runtime.torch_backend._scope import INTEGERS, Compiler, Constant, Read, Scope, State
 from quantkit.runtime.torch_backend._table import find
 from quantkit.runtime.torch_backend._types import Node, Op, Value
 
-INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL})
 MAX_NESTING = 64
 
 
@@ -124,11 +123,16 @@ def _add_node(scope: Scope, node: ir.Node) -> None:
             _add_expansion(scope, node, expansion)
             return
         label = node.op_type if domain == "" else f"{domain}.{node.op_type}"
-        scope.compiler.unsupported.setdefault(label, []).append(str(node.name or node.outputs[0].name))
+        scope.compiler.unsupported.setdefault(label, []).append(_name(node))
         for value in node.outputs:
             scope.define(value)
         return
     _add_step(scope, node, op, version)
+
+
+def _name(node: ir.Node) -> str:
+    """For messages: many exporters name no nodes."""
+    return node.name or next((str(value.name) for value in node.outputs if value.name), "")
 
 
 def _add_step(scope: Scope, node: ir.Node, op: Op, version: int) -> None:
@@ -137,7 +141,7 @@ def _add_step(scope: Scope, node: ir.Node, op: Op, version: int) -> None:
     described = Node(
         op=node.op_type,
         version=version,
-        name=str(node.name or node.outputs[0].name),
+        name=_name(node),
         attributes=attributes,
         input_types=tuple(None if value is None else value.dtype for value in values),
         output_types=tuple(value.dtype for value in node.outputs),
@@ -173,10 +177,10 @@ def _stays_on_host(scope: Scope, node: ir.Node, op: Op, data: Sequence[ir.Value]
     computed = [value for value in data if not scope.is_constant(value)]
     if computed:
         return all(scope.is_on_host(value) for value in computed)
-    if not op.host or op.to_host:
+    if op.to_host or not all(value.dtype in INTEGERS for value in node.outputs):
         return False
-    # Only numbers in: Range, ConstantOfShape. Integers out are mostly indices and shapes again.
-    return not data and all(value.dtype in INTEGERS for value in node.outputs)
+    # Only numbers in: Range, ConstantOfShape, arithmetic on a constant shape. Integers out are mostly shapes again.
+    return all(scope.is_short(value) for value in data) if data else bool(op.host)
 
 
 def _attributes(scope: Scope, node: ir.Node) -> tuple[dict[str, Any], list[Read]]:
@@ -219,14 +223,13 @@ def _add_expansion(scope: Scope, node: ir.Node, expansion: Expansion) -> None:
         else:
             inner.bind(parameter, argument)
     _add_nodes(inner, expansion.graph)
-    program = _finished(
-        inner, (), tuple(inner.outside.values()), tuple(inner.reads(value) for value in expansion.graph.outputs)
-    )
+    results = tuple(inner.reads(value) for value in expansion.graph.outputs)
+    program = _finished(inner, (), tuple(inner.outside.values()), results)
     state, produced, single = scope.compiler.state, expansion.produced, len(node.outputs) == 1
 
     def run(*captured: Value) -> Value:
-        results = iter(program((), captured, state.placement))
-        values = tuple(next(results) if there else None for there in produced)
+        found = iter(program((), captured, state.placement))
+        values = tuple(next(found) if there else None for there in produced)
         return values[0] if single else values
 
     slots = tuple(scope.reads(*read) for read in inner.outside)
@@ -235,7 +238,7 @@ def _add_expansion(scope: Scope, node: ir.Node, expansion: Expansion) -> None:
     for value, there in zip(node.outputs, expansion.produced, strict=False):
         if there and inner.is_on_host(next(computed)):
             scope.on_host.add(value)
-    label = f"{node.op_type} {str(node.name or node.outputs[0].name)!r}"
+    label = f"{node.op_type} {_name(node)!r}"
     scope.steps.append(Step(run, slots, outputs, (), (), (), label))
 
 

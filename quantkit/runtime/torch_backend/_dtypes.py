@@ -70,8 +70,6 @@ _WIDE: dict[ir.DataType, type[np.generic]] = {
 }
 SUB_BYTE = {ir.DataType.INT2: 2, ir.DataType.UINT2: 2, ir.DataType.INT4: 4, ir.DataType.UINT4: 4}
 """Bits of the types that files store several to a byte, lowest bits first."""
-TINY = 64
-"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,8 @@ def to_torch_tensor(array: Array, dtype: ir.DataType) -> torch.Tensor:
 
 
 def _shared(values: Array) -> torch.Tensor:
-    # Python keeps single bytes once for the whole process: what is tiny gets memory of its own.
-    tiny = values.nbytes <= TINY
-    if tiny or values.dtype.byteorder == ">" or any(stride < 0 for stride in values.strides):
+    single = values.nbytes == 1  # Python keeps such bytes objects once for the whole process
+    if single or values.dtype.byteorder == ">" or any(stride < 0 for stride in values.strides):
         values = np.array(values, dtype=values.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -18,6 +18,9 @@ from quantkit.runtime.torch_backend._functions import FunctionKey
 from quantkit.runtime.torch_backend._program import Placement, Step
 from quantkit.types import Array
 
+INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL})
+"""Element types of shapes, indices, counts and conditions."""
+MOST_AXES = 64
 Read = tuple[ir.Value, bool]
 """A value of an outer graph, and whether it is read as numbers."""
 
@@ -131,6 +134,11 @@ class Scope:
         """Known before anything runs; a caller may replace initializers that are inputs as well."""
         meant = self._meant(value)
         return meant.const_value is not None and not meant.is_graph_input()
+
+    def is_short(self, value: ir.Value) -> bool:
+        """A constant that can be a shape, by its type and size."""
+        found = self._meant(value).const_value
+        return found is not None and found.dtype in INTEGERS and found.size <= MOST_AXES
 
     def is_on_host(self, value: ir.Value) -> bool:
         """A shape or count, computed from shapes."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from quantkit.runtime.torch_backend._affine import numbers
+from quantkit.runtime.torch_backend._affine import is_followed, numbers
 from quantkit.runtime.torch_backend._types import Node, Run
 from quantkit.runtime.torch_backend.casting import is_float8
 
@@ -35,7 +35,7 @@ def whole_product(
         a_zero, b_zero: per tensor, row of a or column of b.
     """
     terms = a.shape[-1]
-    dtype = torch.float64 if a.requires_grad or b.requires_grad else torch.float32
+    dtype = torch.float64 if is_followed(a) or is_followed(b) else torch.float32
     left, right = numbers(a, rows(a_zero), dtype), numbers(b, b_zero, dtype)
     if dtype == torch.float64 or is_float8(a):
         return torch.matmul(left, right)
@@ -71,7 +71,7 @@ def whole_convolution(node: Node) -> Run:
         per_channel, channels = math.prod(w.shape[2:]), w.shape[1]
         exact = per_channel * channels <= EXACT_TERMS
         at_once = channels if exact else EXACT_TERMS // per_channel
-        double = x.requires_grad or w.requires_grad or at_once == 0 or (group > 1 and not exact)
+        double = is_followed(x) or is_followed(w) or at_once == 0 or (group > 1 and not exact)
         dtype = torch.float64 if double else torch.float32
         strides, dilations = (list(node.get(key, [1] * rank)) for key in ("strides", "dilations"))
         data = padded(numbers(x, x_zero, dtype), window_pads(node, x.shape[2:], w.shape[2:], dilations))
@@ -80,7 +80,7 @@ def whole_convolution(node: Node) -> Run:
         convolve = _CONVOLUTIONS[rank]
         if double:
             total = convolve(data, weight, None, strides, 0, dilations, group)
-            return total if total.requires_grad else torch.round(total).to(torch.int32)
+            return total if is_followed(total) else torch.round(total).to(torch.int32)
         pieces = [
             torch.round(
                 convolve(

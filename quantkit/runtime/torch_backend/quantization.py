@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from quantkit.runtime.torch_backend._affine import dequantized, grid_of, through
+from quantkit.runtime.torch_backend._affine import dequantized, grid_of, is_followed, through
 from quantkit.runtime.torch_backend._types import Node, Op, Run, Table, direct
 from quantkit.runtime.torch_backend.casting import plain
 
@@ -91,7 +91,7 @@ def dynamic_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     scale, zero_point = dynamic_range(x)
     stored = zero_point.to(torch.uint8)
     steps = x / scale
-    if not steps.requires_grad:
+    if not is_followed(steps):
         return torch.clamp(torch.round(steps) + zero_point, 0.0, UINT8_MAX).to(torch.uint8), scale, stored
     whole = through(torch.round(steps), steps) + zero_point.detach()
     return torch.clamp(whole, 0.0, UINT8_MAX), scale, stored

@@ -29,6 +29,9 @@ def _reshaped(x: torch.Tensor, sizes: list[int], allow_zero: bool) -> torch.Tens
     """0 copies the input's size at the same position unless zeros are allowed; -1 is what is left."""
     if 0 in sizes and not allow_zero:
         sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+    if 0 in sizes and -1 in sizes:  # an empty batch: what is left of the other axes
+        rest = math.prod(filter(None, x.shape)) // math.prod(size for size in sizes if size > 0)
+        sizes = [rest if size == -1 else size for size in sizes]
     return x.reshape(sizes)
 
 

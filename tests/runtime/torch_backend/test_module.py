@@ -16,27 +16,9 @@ import torch
 
 from quantkit.errors import InputError
 from quantkit.runtime.torch_backend import to_torch
+from tests.runtime.torch_backend.graphs import FLOAT, INT64, function_of, model_of, value
 
-FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 SEED = 3
-
-
-def model_of(
-    nodes: list[onnx.NodeProto],
-    inputs: list[onnx.ValueInfoProto],
-    outputs: list[onnx.ValueInfoProto],
-    constants: dict[str, np.ndarray] | None = None,
-    opset: int = 21,
-    functions: list[onnx.FunctionProto] | None = None,
-) -> onnx.ModelProto:
-    tensors = [nh.from_array(value, name) for name, value in (constants or {}).items()]
-    graph = oh.make_graph(nodes, "g", inputs, outputs, tensors)
-    imports = [oh.make_opsetid("", opset), oh.make_opsetid("local", 1)]
-    return oh.make_model(graph, opset_imports=imports, ir_version=10, functions=functions or [])
-
-
-def value(name: str, shape: list[int | str] | None, kind: int = FLOAT) -> onnx.ValueInfoProto:
-    return oh.make_tensor_value_info(name, kind, shape)
 
 
 @pytest.fixture
@@ -182,7 +164,7 @@ def local_function() -> onnx.FunctionProto:
     constant = oh.make_node("Constant", [], ["k"])
     constant.attribute.add(name="value_float", ref_attr_name="factor", type=onnx.AttributeProto.FLOAT)
     nodes = [constant, oh.make_node("Mul", ["x", "k"], ["p"]), oh.make_node("Sum", ["p", "b"], ["y"])]
-    return oh.make_function("local", "Scaled", ["x", "b"], ["y"], nodes, [oh.make_opsetid("", 21)], ["factor"])
+    return function_of("Scaled", ["x", "b"], ["y"], nodes, ["factor"])
 
 
 def test_functions_of_the_model_expand_with_their_attributes_and_absent_inputs() -> None:
