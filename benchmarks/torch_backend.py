@@ -37,14 +37,14 @@ class Case:
     """One network at one shape.
 
     Attributes:
-        eager: the network written directly in torch.
+        eager: the network written directly in torch; None = only parity is measured.
         inputs: in the model's order.
     """
 
     name: str
     path: Path
     shape: str
-    eager: Callable[[Path], torch.nn.Module]
+    eager: Callable[[Path], torch.nn.Module] | None
     inputs: tuple[torch.Tensor, ...]
 
 
@@ -52,6 +52,9 @@ def cases(data: Path, minilm: Path | None) -> list[Case]:
     generator = torch.Generator().manual_seed(SEED)
     images = torch.randn(64, 3, 32, 32, generator=generator)
     found = [Case("resnet20", data / "models/resnet20_cifar10.onnx", "64x3x32x32", ResNet20, (images,))]
+    photos = 255 * torch.rand(4, 3, 224, 224, generator=generator) - 120
+    squeezenet = data / "models/squeezenet11_imagenet.onnx"
+    found.append(Case("squeezenet", squeezenet, "4x3x224x224", None, (photos,)))
     if minilm is not None:
         tokens = torch.randint(0, VOCABULARY, (8, 64), generator=generator)
         mask = torch.ones(8, 64, dtype=torch.int64)
@@ -108,13 +111,31 @@ def hessian_error(case: Case) -> float:
     return min(worst)
 
 
-def measure(case: Case, seconds: float, threads: int) -> Record:
-    module, eager = to_torch(case.path), case.eager(case.path)
-    feed = dict(zip(module.input_names, (item.numpy() for item in case.inputs), strict=True))
-    reference = next(iter(make_session(case.path, threads=threads).run(feed).values()))
+def parity(case: Case, module: torch.nn.Module, threads: int) -> float:
+    """Largest error to onnxruntime's result."""
+    session = make_session(case.path, threads=threads)
+    feed = dict(zip(session.input_names, (item.numpy() for item in case.inputs), strict=True))
+    reference = next(iter(session.run(feed).values()))
+    with torch.inference_mode():
+        return relative_error(module(*case.inputs), reference)
+
+
+def parity_record(case: Case, threads: int) -> Record:
+    return Record(
+        benchmark="torch backend",
+        model=case.path.name,
+        provider="quantkit",
+        setting=f"{case.name} {case.shape}, float32, inference mode",
+        environment=environment(threads),
+        accuracy={"error to onnxruntime": parity(case, to_torch(case.path), threads)},
+    )
+
+
+def measure(case: Case, make: Callable[[Path], torch.nn.Module], seconds: float, threads: int) -> Record:
+    module, eager = to_torch(case.path), make(case.path)
+    errors = [parity(case, network, threads) for network in (module, eager)]
     times: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
-        errors = [relative_error(network(*case.inputs), reference) for network in (module, eager)]
         start = time.perf_counter()
         while len(times[0]) < MIN_ROUNDS or time.perf_counter() - start < seconds:
             order = (0, 1) if len(times[0]) % 2 else (1, 0)
@@ -147,6 +168,7 @@ def peak(arguments: list[str], side: str, name: str) -> float | None:
 
 def run_side(case: Case, side: str) -> None:
     """Load one side alone and run it: what the memory of a process is measured on."""
+    assert case.eager is not None
     network = to_torch(case.path) if side == "ours" else case.eager(case.path)
     with torch.inference_mode():
         for _ in range(RUNS):
@@ -172,7 +194,13 @@ def main() -> None:
     passed = ["--data", str(args.data), "--threads", str(args.threads)]
     passed += ["--minilm", str(args.minilm)] if args.minilm else []
     for case in chosen:
-        record = measure(case, args.seconds, args.threads)
+        if case.eager is None:
+            record = parity_record(case, args.threads)
+            print(record.setting, dict(record.accuracy))
+            if args.out is not None:
+                append_records(args.out, [record])
+            continue
+        record = measure(case, case.eager, args.seconds, args.threads)
         peaks = {side: peak(passed, side, case.name) for side in ("ours", "eager")}
         details = {**{f"peak MB, {side}": value for side, value in peaks.items()}, "torch": torch.__version__}
         record = Record(**{**record.__dict__, "details": details, "peak_rss_mb": peaks["ours"]})
