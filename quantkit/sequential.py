@@ -23,8 +23,8 @@ import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from quantkit.calibration.augment import Augmented
-from quantkit.calibration.collector import ROW_OPERATORS, padding_masks
-from quantkit.calibration.cross import Cross, Read, row_key
+from quantkit.calibration.collector import ROW_OPERATORS, padding_masks, row_key
+from quantkit.calibration.cross import Cross, Read
 from quantkit.calibration.data import CalibrationData
 from quantkit.emitters._builder import Builder
 from quantkit.emitters._simulate import simulate_weight
@@ -252,7 +252,7 @@ class _Walk:
         sums: dict[tuple[object, ...], Cross] = {}
         for name, reads in stage.layers.items():
             fresh = Cross(targets[name], wanted, self._settings.seed)
-            sums.setdefault(row_key(targets[name], reads), fresh).layers[name] = reads
+            sums.setdefault(row_key(targets[name], [read.use for read in reads]), fresh).layers[name] = reads
         for number, (exact, ours) in enumerate(self._values(stage.position, stage.names)):
             for item in sums.values():
                 item.add(exact, ours, self._masks[number], self._settings.seed + number)

@@ -161,7 +161,7 @@ def _watch(model: ir.Model, request: Request, settings: Settings) -> list[_Watch
         if not uses or target.name.endswith(".R"):  # a recurrent weight reads the hidden state
             continue
         names = tuple(str(use.data.name) for use in uses)
-        key = (names, *_row_key(target, uses))
+        key = (names, *row_key(target, uses))
         if key in readers:
             readers[key].targets.append(target)
             continue
@@ -179,14 +179,15 @@ def _reader(target: Target, stats: frozenset[str], settings: Settings) -> _Reade
     return _Reader([target], Moments(), gram, sample)
 
 
-def _attributes(node: ir.Node) -> dict[str, object]:
+def row_attributes(node: ir.Node) -> dict[str, object]:
     """Attributes that decide how rows are read, as plain values."""
     names = ("pads", "auto_pad", "strides", "dilations", "transA")
     return {name: node.attributes[name].value for name in names if name in node.attributes}
 
 
-def _row_key(target: Target, uses: Sequence[Use]) -> tuple[object, ...]:
-    attributes = str([_attributes(use.node) for use in uses])
+def row_key(target: Target, uses: Sequence[Use]) -> tuple[object, ...]:
+    """Equal for layers that make the same rows of the same values."""
+    attributes = str([row_attributes(use.node) for use in uses])
     if target.op == "Gather":
         return (target.op,)
     if target.op not in ("Conv", "ConvTranspose"):
@@ -320,7 +321,7 @@ def _add_rows(reader: _Reader, use: Use, value: Array, masks: Sequence[Array], s
         value,
         operand_shape=target.layout.operand_shape,
         groups=target.groups,
-        attributes=_attributes(use.node),
+        attributes=row_attributes(use.node),
         limit=POSITIONS,
         seed=seed,
     )

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from quantkit.calibration.accumulators import Gram, Moments, RowSample
-from quantkit.calibration.collector import POSITIONS, ROW_LIMIT, real_rows
+from quantkit.calibration.collector import POSITIONS, ROW_LIMIT, real_rows, row_attributes
 from quantkit.calibration.rows import sample_positions, to_rows
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed, FloatArray, LayerStats, Target, Use
@@ -162,21 +161,7 @@ def _rows(target: Target, use: Use, value: Array, seed: int) -> FloatArray:
         value,
         operand_shape=target.layout.operand_shape,
         groups=target.groups,
-        attributes=_attributes(use.node),
+        attributes=row_attributes(use.node),
         limit=POSITIONS,
         seed=seed,
     )
-
-
-def _attributes(node: ir.Node) -> dict[str, object]:
-    """Attributes that decide how rows are read, as plain values."""
-    names = ("pads", "auto_pad", "strides", "dilations", "transA")
-    return {name: node.attributes[name].value for name in names if name in node.attributes}
-
-
-def row_key(target: Target, reads: Sequence[Read]) -> tuple[object, ...]:
-    """Equal for layers that make the same rows of the same values."""
-    attributes = str([_attributes(read.use.node) for read in reads])
-    if target.op not in ("Conv", "ConvTranspose"):
-        return (target.op == "Gemm", attributes)
-    return (target.op, target.groups, target.layout.operand_shape[2:], attributes)
