@@ -10,6 +10,7 @@ from typing import Any
 from quantkit.budget import Budget
 from quantkit.candidate import CALIBRATION_METHODS, Candidate, Context, Recipe, assemble, bias_shifts, build, measure
 from quantkit.costs.size import layer_bytes
+from quantkit.errors import InputError
 from quantkit.forms import Chooser, Option, static_layers
 from quantkit.methods import make
 from quantkit.report.progress import Progress
@@ -213,6 +214,8 @@ def _sequenced(
 ) -> tuple[Candidate, Recipe]:
     """Every layer quantized again, on what the layers before it really produce: kept when asked for, or when better."""
     wanted = context.options.inputs
+    if wanted == "quantized" and context.calibration is None:
+        raise InputError("inputs quantized needs calibration data: give --calib, or leave it at auto")
     if wanted == "float" or context.calibration is None:
         return candidate, recipe
     inputs = {name: target.shape[1] for name, target in context.targets.items()}
