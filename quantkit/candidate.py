@@ -16,17 +16,21 @@ from quantkit.calibration import accumulators
 from quantkit.calibration.accumulators import Distribution
 from quantkit.calibration.augment import Augmented, token_inputs
 from quantkit.calibration.data import CalibrationData
+from quantkit.costs.bops import macs
 from quantkit.costs.latency import LatencyCache, layer_cost
+from quantkit.divergence import Divergence
 from quantkit.evaluation import Evaluation
 from quantkit.forms import Chooser, Option, choose_forms, static_layers
 from quantkit.graph.bias import bias_shift, correctable
 from quantkit.graph.emit import Assignment, Emission, Emitted, emit, emitter, in_memory
 from quantkit.graph.load import LoadedModel
 from quantkit.graph.regions import Regions, find_regions
+from quantkit.network import Network
 from quantkit.options import Options
 from quantkit.provenance import provenance_bytes
 from quantkit.report.progress import Progress, SilentProgress
 from quantkit.runtime.ort import Session, make_session, time_sessions
+from quantkit.runtime.probe import Probe
 from quantkit.sequential import Settings, quantize_sequentially
 from quantkit.types import (
     ActParams,
@@ -44,6 +48,7 @@ from quantkit.verify import compare, run_all
 
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse")
 TIMING_SECONDS = 1.0
+PROBE_SAMPLES = 64  # of calibration data, on which allocators try changed weights
 LATENCY_DOUBT = 0.15  # in logarithms: figures that differ by more are not the same
 
 
@@ -126,6 +131,25 @@ class Context:
             known = time_sessions([self.held_out.session], feed, seconds=TIMING_SECONDS)
             known = self.cache.put(parts, known)
         return known[0]
+
+    @cached_property
+    def divergence(self) -> Divergence:
+        """How outputs of held-out samples are compared with the float model's."""
+        assert self.held_out is not None
+        return Divergence.of([self.held_out.outputs])
+
+    @cached_property
+    def network(self) -> Network | None:
+        """The float model with samples to try changed weights on; None without data."""
+        if self.held_out is None or self.calibration is None:
+            return None
+        feeds = list(self.calibration.subset(PROBE_SAMPLES))
+        model, threads = self.loaded.model, self.options.threads
+        return Network(
+            Probe(model, self.targets, feeds, threads),
+            Probe(model, self.targets, list(self.held_out.feeds), threads),
+            sum(macs(target, self.stats.get(name)) for name, target in self.targets.items()),
+        )
 
 
 def seen_by(quantizer: WeightQuantizer, stats: LayerStats | None) -> LayerStats | None:
@@ -319,7 +343,8 @@ def measure(context: Context, candidate: Candidate) -> Measurement:
         drop = context.evaluation.drop(session)
     else:
         drop = 1 - (found.cosine if found.top1_agreement is None else found.top1_agreement)
-    return Measurement(candidate.size, found.sqnr, drop, relative_latency(context, candidate, session))
+    loss = context.divergence.mean([context.held_out.outputs], [outputs])
+    return Measurement(candidate.size, found.sqnr, drop, relative_latency(context, candidate, session), loss)
 
 
 def relative_latency(context: Context, candidate: Candidate, session: Session, *, check: bool = False) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from quantkit.commands import apply, bench, compress, demo, inspect, methods, verify
+from quantkit.commands import apply, bench, compress, demo, inspect, methods, sensitivity, verify
 from quantkit.commands._common import flush_stdout
 from quantkit.errors import InputError, VerificationError
 
@@ -22,6 +22,7 @@ VERBS = (
     ("compress", compress),
     ("apply", apply),
     ("inspect", inspect),
+    ("sensitivity", sensitivity),
     ("verify", verify),
     ("bench", bench),
     ("methods", methods),

@@ -32,12 +32,17 @@ def final_path(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file; on any failure nothing is left behind."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file; on any failure nothing is left behind."""
     path = final_path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
     scratch = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         scratch.chmod(0o666 & ~_umask())

@@ -29,6 +29,7 @@ EXTRAS = types.MappingProxyType(
         "PIL": "images",
         "yaml": "images",
         "sklearn": "demo",
+        "matplotlib": "report",
     }
 )
 TRUTHS = types.MappingProxyType({"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False})

@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from quantkit import forms
 from quantkit.allocation import CORRECTION_GAIN_DB, Outcome, allocate
+from quantkit.allocators._table import Allocation
 from quantkit.budget import Budget
 from quantkit.calibration.collector import Collected, Request, Settings, collect
 from quantkit.calibration.data import CalibrationData, random_calibration
@@ -72,11 +73,13 @@ class Result:
         model: the quantized graph, provenance included.
         plan: every decision; `quantkit.plan.save_plan` writes it, `apply` repeats it.
         report: what was measured.
+        allocation: how bits were allocated: sensitivities, and the front of choices.
     """
 
     model: ir.Model
     plan: Plan
     report: Report
+    allocation: Allocation = field(default_factory=lambda: Allocation({}))
 
     def save(self, path: str | Path) -> None:
         """Write the model; the final name appears only when the file is whole.
@@ -127,19 +130,8 @@ def compress(
     check_arguments(budget, evaluation, plan)
     options = make_options(settings if plan is None else planned_options(plan, settings))
     budget, progress = budget or Budget(), progress or SilentProgress()
-    loaded = load_model(model)
-    targets, untouched = find_targets(loaded.model, options.ignore)
-    if not targets:
-        raise InputError(f"{_name(loaded, model)} has no layer to quantize: {_reasons(untouched)}")
-    reference = make_session(loaded.model, threads=options.threads)
-    quantizer: WeightQuantizer = make(
-        "quantizers",
-        options.quantizer,
-        method_settings(options, options.quantizer),
-    )
-    data = _open_data(calibration, reference, options)
-    judge = None if evaluation is None else _evaluation(evaluation, reference)
-    run = _Run(Rescaled(loaded, targets), options, quantizer, data, judge, progress)
+    allocator: Allocator = make("allocators", "uniform" if plan is not None else options.allocator, {})
+    run = prepare(model, calibration, evaluation, options, allocator.stats, progress)
     if plan is not None:
         names, bits = planned(plan)
         changed = run.rescaled(names, bits)
@@ -147,22 +139,59 @@ def compress(
         outcome = apply_plan(context, with_options(plan, options))
     else:
         changed, context, outcome = _best(run, budget)
-    candidate, decided, contenders = outcome
-    decided = changed.recorded(decided)
+    outcome = replace(outcome, plan=changed.recorded(outcome.plan))
     with progress.task("verifying"):
-        result = _finish(
-            context, budget, candidate, decided, contenders, data, untouched, _name(loaded, model), reference
-        )
+        result = _finish(context, budget, outcome, run)
     return replace(result, report=replace(result.report, scales=changed.rows))
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all transforms of one run share."""
+def prepare(
+    model: str | Path | onnx.ModelProto | ir.Model,
+    calibration: object,
+    evaluation: EvaluationRequest | None,
+    options: Options,
+    statistics: frozenset[str],
+    progress: Progress,
+) -> Run:
+    """Open model and data, find the layers.
 
+    Args:
+        statistics: fields of LayerStats that are wanted beside the quantizer's.
+
+    Raises:
+        InputError: anything wrong with model or data.
+    """
+    loaded = load_model(model)
+    targets, untouched = find_targets(loaded.model, options.ignore)
+    name = _name(loaded, model)
+    if not targets:
+        raise InputError(f"{name} has no layer to quantize: {_reasons(untouched)}")
+    reference = make_session(loaded.model, threads=options.threads)
+    settings = method_settings(options, options.quantizer)
+    quantizer: WeightQuantizer = make("quantizers", options.quantizer, settings)
+    data = _open_data(calibration, reference, options)
+    judge = None if evaluation is None else _evaluation(evaluation, reference)
+    wanted = quantizer.stats | statistics | ERROR_STATS
+    return Run(name, Rescaled(loaded, targets), untouched, reference, options, quantizer, wanted, data, judge, progress)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all transforms of one run share.
+
+    Attributes:
+        name: of the model, for messages.
+        reference: the float model.
+        wanted: fields of LayerStats to collect.
+    """
+
+    name: str
     original: Rescaled
+    untouched: list[Untouched]
+    reference: Session
     options: Options
     quantizer: WeightQuantizer
+    wanted: frozenset[str]
     data: _Data
     evaluation: Any
     progress: Progress
@@ -183,7 +212,7 @@ class _Run:
 
     def context(self, changed: Rescaled) -> Context:
         """Everything that allocation looks at, collected from the rescaled model."""
-        collected = _collect(changed.loaded, changed.targets, self.quantizer, self.data, self.options, self.progress)
+        collected = _collect(changed.loaded, changed.targets, self.wanted, self.data, self.options, self.progress)
         return Context(
             loaded=changed.loaded,
             targets=changed.targets,
@@ -199,7 +228,7 @@ class _Run:
         )
 
 
-def _best(run: _Run, budget: Budget) -> tuple[Rescaled, Context, Outcome]:
+def _best(run: Run, budget: Budget) -> tuple[Rescaled, Context, Outcome]:
     """Allocate; with `--transform auto` once for each transform, and keep one that measurably helps."""
     bits = search_bits(budget, run.options, run.original.loaded.size)
     first, *others = choices(run.options, has_data=run.data.held_out is not None)
@@ -208,7 +237,7 @@ def _best(run: _Run, budget: Budget) -> tuple[Rescaled, Context, Outcome]:
     best = (changed, context, allocate(context, budget, run.progress))
     if not others:
         return best
-    rows = list(best[2][2])
+    rows = list(best[2].contenders)
     least = chosen_sqnr(rows) + CORRECTION_GAIN_DB
     for names in others:
         changed = run.rescaled(names, bits)
@@ -217,13 +246,13 @@ def _best(run: _Run, budget: Budget) -> tuple[Rescaled, Context, Outcome]:
         context = run.context(changed)
         outcome = allocate(context, budget, run.progress)
         label = f", {' and '.join(names)}"
-        tried = [replace(row, name=row.name + label) for row in outcome[2]]
+        tried = [replace(row, name=row.name + label) for row in outcome.contenders]
         keep = chosen_sqnr(tried) > least
         if keep:
             best, least = (changed, context, outcome), chosen_sqnr(tried)
         losers, winners = (rows, tried) if keep else (tried, rows)
         rows = [replace(row, chosen=False) for row in losers] + winners
-    return best[0], best[1], (*best[2][:2], tuple(rows))
+    return best[0], best[1], replace(best[2], contenders=tuple(rows))
 
 
 def chosen_sqnr(rows: Sequence[Contender]) -> float:
@@ -285,7 +314,7 @@ def _evaluation(request: EvaluationRequest, reference: Session) -> Any:
 def _collect(
     loaded: LoadedModel,
     targets: Mapping[str, Target],
-    quantizer: WeightQuantizer,
+    wanted: frozenset[str],
     data: _Data,
     options: Options,
     progress: Progress,
@@ -297,8 +326,7 @@ def _collect(
     regions = find_regions(loaded.model, [node for nodes in static.values() for node in nodes])
     # Where a shape operator moves codes, the value before it has told everything.
     histograms = {name: group for name, group in regions.groups.items() if not _moved(loaded.model, name, regions)}
-    allocator: Allocator = make("allocators", "uniform" if options.allocator == "auto" else options.allocator, {})
-    request = Request(targets, quantizer.stats | allocator.stats | ERROR_STATS, histograms)
+    request = Request(targets, wanted, histograms)
     settings = Settings(options.memory_limit, options.threads, options.seed)
     return collect(loaded.model, data.calibration, request, settings, progress)
 
@@ -310,27 +338,18 @@ def _moved(model: ir.Model, name: str, regions: Any) -> bool:
     return False
 
 
-def _finish(
-    context: Context,
-    budget: Budget,
-    candidate: Candidate,
-    plan: Plan,
-    contenders: tuple[Contender, ...],
-    data: _Data,
-    untouched: list[Untouched],
-    name: str,
-    reference: Session,
-) -> Result:
+def _finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Result:
     """Stamp, write to a temporary file, reload, compare, time."""
+    candidate, plan = outcome.candidate, outcome.plan
     model = candidate.emitted.model
-    origin = provenance(context, decisions_to_json(plan), data.digest)
+    origin = provenance(context, decisions_to_json(plan), run.data.digest)
     model.metadata_props.update(origin)
     parity, outputs, threads = None, None, context.options.threads
     with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
         written = Path(folder) / "model.onnx"
         save(model, written)
         session = make_session(written, threads=threads)
-        few = _check_feed(context, reference)
+        few = _check_feed(context, run.reference)
         if few is not None:
             graph = simulate(context.loaded.model, candidate.emission)
             check_layers(written, graph, candidate.emitted.edges, few, threads=threads)
@@ -339,8 +358,8 @@ def _finish(
         outputs = run_all(session, context.held_out.feeds)
         parity = check_parity(outputs, run_all(simulated, context.held_out.feeds), context.held_out.outputs)
     measured = _measured(context, candidate, session, outputs, parity, few is not None)
-    report = build_report(context, budget, candidate, plan, contenders, measured, untouched, name, origin)
-    return Result(model, plan, report)
+    report = build_report(context, budget, outcome, measured, run.untouched, run.name, origin)
+    return Result(model, plan, report, outcome.allocation)
 
 
 def _check_feed(context: Context, reference: Session) -> Feed | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantkit.allocation import Outcome, sizing_chooser
+from quantkit.allocation import Outcome
 from quantkit.candidate import Context, Recipe, activation_params, assemble, measure
 from quantkit.errors import InputError
 from quantkit.forms import Chooser, Option, choose_forms
 from quantkit.graph.emit import emitter
 from quantkit.graph.regions import find_regions
 from quantkit.plan import resolve
+from quantkit.problem import sizing_chooser
 from quantkit.report.types import Contender
 from quantkit.types import LayerPlan, Plan
 
@@ -53,12 +54,12 @@ def apply_plan(context: Context, plan: Plan) -> Outcome:
             chosen[name] = _planned_option(context, chooser, name, layer)
     candidate = assemble(context, chosen, regions, params, "plan", recipe)
     figures = measure(context, candidate)
-    row = Contender("plan", candidate.size, figures.sqnr, figures.latency, True)
+    row = Contender("plan", candidate.size, figures.sqnr, figures.latency, True, figures.loss)
     layers = {
         name: LayerPlan(chosen[name].spec, chosen[name].form, layer.reason) if name in chosen else layer
         for name, layer in resolved.items()
     }
-    return candidate, Plan(layers, params, plan.settings), (row,) if context.held_out is not None else ()
+    return Outcome(candidate, Plan(layers, params, plan.settings), (row,) if context.held_out is not None else ())
 
 
 def _planned_option(context: Context, chooser: Chooser, name: str, layer: LayerPlan) -> Option:

@@ -31,6 +31,7 @@ from quantkit.emitters._simulate import simulate_weight
 from quantkit.errors import InputError
 from quantkit.graph._trace import is_constant, trace
 from quantkit.graph.bias import correctable, shift_biases
+from quantkit.graph.segments import last_readers, segment, storable
 from quantkit.graph.targets import find_targets
 from quantkit.report.progress import Progress
 from quantkit.runtime.ort import make_session
@@ -240,7 +241,7 @@ class _Walk:
         settings: Settings,
     ) -> None:
         self._branches, self._masks, self._settings = branches, masks, settings
-        self._base, self._last = -1, _last_readers(branches[0].model)
+        self._base, self._last = -1, last_readers(branches[0].model)
         self._names = [str(value.name) for value in branches[0].model.graph.inputs]
         for stage in stages:  # what a stage looks at must live until then
             self._last |= {name: max(self._last.get(name, -1), stage.position + 1) for name in stage.names}
@@ -271,7 +272,7 @@ class _Walk:
         nodes = list(self._branches[0].model.graph)[self._base + 1 : position + 1]
         made = {str(value.name): value for node in nodes for value in node.outputs}
         living = [name for name in [*self._names, *made] if self._last.get(name, -1) > position]
-        moves = position > self._base and all(_storable(made[name]) for name in living if name in made)
+        moves = position > self._base and all(storable(made[name]) for name in living if name in made)
         asked = [name for name in made if name in names or (moves and name in living)]
         runs = [_segment(branch.model, self._names, asked, self._settings.threads) for branch in self._branches]
         for number in range(len(self._masks)):
@@ -288,42 +289,9 @@ class _Walk:
             self._base, self._names = position, living
 
 
-def _last_readers(model: ir.Model) -> dict[str, int]:
-    """Value name -> position of the last node of the main graph that reads it, be it inside the node's subgraphs.
-
-    Constants, and what is computed from nothing else, are not kept: either model makes them where it needs them.
-    """
-    last: dict[str, int] = {}
-    fixed = {str(name) for name, value in model.graph.initializers.items() if not value.is_graph_input()}
-    for position, node in enumerate(model.graph):
-        graphs = [graph for attribute in node.attributes.values() for graph in _graphs(attribute)]
-        inner = [value for graph in graphs for each in graph.all_nodes() for value in each.inputs]
-        read = [*node.inputs, *inner]
-        names = {str(value.name) for value in read if value is not None} - fixed
-        last |= dict.fromkeys(names, position)
-        if not names and not graphs:
-            fixed |= {str(value.name) for value in node.outputs}
-    return last
-
-
-def _graphs(attribute: ir.Attr) -> Sequence[ir.Graph]:
-    if attribute.type == ir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else []
-
-
-def _storable(value: ir.Value) -> bool:
-    return isinstance(value.type, ir.TensorType) and value.type.dtype.numpy().kind in "biuf"
-
-
 def _segment(model: ir.Model, known: Sequence[str], asked: Sequence[str], threads: int) -> Callable[[Feed], Feed]:
     """Runs what lies between values that are known and those asked for."""
     if not asked:
         return lambda _: {}
-    graph = ir.convenience.extract(model.graph, known, asked)
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
-    part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
-    session = make_session(part, threads=threads, arena=False)
+    session = make_session(segment(model, known, asked), threads=threads, arena=False)
     return lambda values: session.run({name: values[name] for name in session.input_names})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.errors import InputError
+from quantkit.report.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from quantkit.budget import Budget
     from quantkit.emitters._builder import Builder
+    from quantkit.network import Network
     from quantkit.transforms._problem import ScaleGroup
 
 Array = npt.NDArray[Any]
@@ -276,12 +279,15 @@ class Measurement:
         sqnr: dB, outputs against the float model.
         drop: loss of the user's metric (or of agreement with the float model), 0.01 = one point.
         latency: time relative to float, measured alternately; below 1 is faster.
+        loss: nats per sample by which the outputs differ from the float model's (`quantkit.divergence`); infinite
+            without data.
     """
 
     size: int
     sqnr: float
     drop: float
     latency: float
+    loss: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -296,7 +302,16 @@ class AllocationProblem:
         float_size: bytes of the original model.
         fixed_size: bytes of the file that no decision changes.
         quantize: (target, spec) -> the quantized weight.
-        evaluate: emit, run and score a whole assignment.
+        evaluate: emit, run and score a whole assignment; the second argument, a name, is for the report.
+        file_size: bytes of the file that an assignment really makes; None = estimates are all there is.
+        units: name -> targets that share one decision, in graph order; empty = every target decides alone.
+        bops: (target, spec or None for float) -> bit operations of one sample.
+        milliseconds: (target, spec or None for float) -> time of the layer at the typical shapes; None = not measured.
+        model_ms: time of the float model at these shapes; None = not measured.
+        network: the float model with samples, to try changed weights on; None = there is no data.
+        seed: of everything random.
+        progress: where long steps are shown.
+        known: what allocators found out that no budget changes; kept from one problem of a run to the next.
     """
 
     targets: Mapping[str, Target]
@@ -307,7 +322,16 @@ class AllocationProblem:
     float_size: int
     fixed_size: int
     quantize: Callable[[Target, QuantSpec], QuantizedWeight]
-    evaluate: Callable[[Mapping[str, QuantSpec]], Measurement]
+    evaluate: Callable[..., Measurement]
+    file_size: Callable[[Mapping[str, QuantSpec]], int] | None = None
+    units: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    bops: Callable[[Target, QuantSpec | None], int] | None = None
+    milliseconds: Callable[[Target, QuantSpec | None], float] | None = None
+    model_ms: float | None = None
+    network: Network | None = None
+    seed: int = 0
+    progress: Progress = field(default_factory=SilentProgress)
+    known: dict[str, Any] = field(default_factory=dict)
 
 
 class WeightQuantizer(Protocol):

@@ -57,7 +57,7 @@ def test_floats_are_tried_where_integers_are_too_slow(monkeypatch: pytest.Monkey
         integer = any(option.form == "qdq" for option in candidate.chosen.values())
         return replace(measure(context, candidate), latency=2.0 if integer else 0.9)
 
-    monkeypatch.setattr("quantkit.allocation.measure", slow_integers)
+    monkeypatch.setattr("quantkit.problem.measure", slow_integers)
     result = quantkit.compress(
         models.cnn(),
         calibration=models.images(16),

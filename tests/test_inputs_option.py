@@ -13,11 +13,13 @@ from tests.helpers import models
 def test_layers_on_quantized_inputs_come_closer_and_a_plan_repeats_them() -> None:
     data, budget = models.tokens(), quantkit.Budget(avg_bits=3)
     plain = quantkit.compress(models.block(), calibration=data, budget=budget, inputs="float")
-    made = quantkit.compress(models.block(), calibration=data, budget=budget, inputs="quantized", augment=2)
+    made = quantkit.compress(
+        models.block(), calibration=data, budget=budget, inputs="quantized", augment=2, allocator="uniform"
+    )
     assert plain.plan.settings["inputs"] == "float"
     assert (made.plan.settings["inputs"], made.plan.settings["augment"]) == ("quantized", 2)
     chosen = [row for row in made.report.contenders if row.chosen]
-    assert [row.name for row in chosen] == ["uniform 3, on quantized inputs"]
+    assert [row.name for row in chosen] == ["uniform 3 bits, on quantized inputs"]
     again = quantkit.apply(models.block(), made.plan, calibration=data)
     first, second = (ir.to_proto(result.model).SerializeToString(deterministic=True) for result in (made, again))
     assert first == second

@@ -63,9 +63,26 @@ def mixed(plan: Plan) -> dict[str, QuantSpec]:
 
 
 CASES: list[tuple[float, Mapping[str, Any]]] = [
-    (3, {"quantizer": "slim"}),
-    (3, {"quantizer": "slim", "activations": "none", "settings": {"slim.search": "sweep", "slim.rounder": "nearest"}}),
-    (4, {"quantizer": "slim", "target": "portable", "settings": {"slim.levels": "2,3,5,6", "slim.rounder": "nearest"}}),
+    (3, {"allocator": "uniform", "quantizer": "slim"}),
+    (3.5, {"quantizer": "slim"}),
+    (
+        3,
+        {
+            "allocator": "uniform",
+            "quantizer": "slim",
+            "activations": "none",
+            "settings": {"slim.search": "sweep", "slim.rounder": "nearest"},
+        },
+    ),
+    (
+        4,
+        {
+            "allocator": "uniform",
+            "quantizer": "slim",
+            "target": "portable",
+            "settings": {"slim.levels": "2,3,5,6", "slim.rounder": "nearest"},
+        },
+    ),
     (3.3, {"allocator": "slim"}),
     (4.25, {"allocator": "slim", "activations": "none"}),
     (2.6, {"allocator": "slim", "quantizer": "slim", "target": "portable"}),
@@ -80,7 +97,7 @@ def test_compress_verifies_and_its_plan_gives_the_same_bytes(
     assert mixed(result.plan)
     assert result.report.fidelity is not None and result.report.fidelity.parity > 100
     assert not result.report.unmet and result.report.average_bits <= bits + 1e-9
-    if settings.get("allocator") is None:
+    if settings.get("allocator") == "uniform":
         assert result.report.average_bits == pytest.approx(bits, abs=1e-6)
     else:
         assert result.report.average_bits > bits - 0.1

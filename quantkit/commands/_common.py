@@ -233,6 +233,20 @@ def check_writable(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
             raise InputError(f"{other} and {option} are the same file {path}; give two names")
 
 
+def output_folder(option: str, text: str) -> Path:
+    """A folder to write several files into: an empty one, or one that is still to be made.
+
+    Raises:
+        InputError: it holds files, is no folder, or cannot be made.
+    """
+    path = Path(text)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{option} {path} must be a new or empty folder; give another name")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.resolve().parent}; create it first")
+    return path
+
+
 def console_of(args: Namespace) -> ErrorConsole:
     """Standard error for tables."""
     from quantkit.report.console import ErrorConsole

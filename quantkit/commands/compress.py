@@ -28,10 +28,14 @@ def add(parser: ArgumentParser) -> None:
     budget.add_argument("--avg-bits", metavar="B", help="bits per weight on average, such as 4.25")
     budget.add_argument("--max-size", metavar="SIZE", help="of the file: 12MB, 12MiB or 25%% of the float model")
     budget.add_argument("--max-drop", metavar="DROP", help="loss of the metric: 1%% = one point")
+    budget.add_argument("--max-bops", metavar="COUNT", help="bit operations of one sample: 3.5G or 10%% of float's")
     budget.add_argument("--max-latency", metavar="RATIO", help="time against the float model: 0.8x")
     _common.add_method_choice(parser)
     parser.add_argument_group("plan").add_argument(
         "--plan", metavar="FILE", help="follow this plan instead of a search"
+    )
+    parser.add_argument_group("front").add_argument(
+        "--pareto", metavar="DIR", help="write the plans between smallest and best into this folder, with front.json"
     )
     _common.add_run(parser)
     _common.add_output(parser)
@@ -51,8 +55,13 @@ def run(args: Namespace) -> int:
         keep["plan"] = _common.existing_file(args.plan)
     _common.check_writable(outputs, keep)
     budget = Budget.parse(
-        avg_bits=args.avg_bits, max_size=args.max_size, max_drop=args.max_drop, max_latency=args.max_latency
+        avg_bits=args.avg_bits,
+        max_size=args.max_size,
+        max_drop=args.max_drop,
+        max_latency=args.max_latency,
+        max_bops=args.max_bops,
     )
+    front = None if args.pareto is None else _common.output_folder("--pareto", args.pareto)
     for kind, name in (("allocators", args.allocator), ("quantizers", args.quantizer)):
         if name != "auto":
             methods.check(kind, name)
@@ -90,6 +99,10 @@ def run(args: Namespace) -> int:
         progress=_common.progress_of(args),
         **options,
     )
+    if front is not None:
+        from quantkit.front import save_front
+
+        save_front(result, front)
     return finish(args, result, outputs)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quantkit.packing import packed_size
+from quantkit.packing import packed_size, planes
 from quantkit.types import QuantSpec, Target
 
 # Measured on emitted files: nodes, names and shapes of one quantized layer.
@@ -14,12 +14,17 @@ SCALE_BYTES = 2  # the quantizers round scales to float16
 # and once more for zero points.
 PLACE_BYTES = 8
 WIDTH_OVERHEAD = 150
+PLANE_OVERHEAD = 95  # a further bit plane of codes or of zero points: an initializer, its name and one more input
+WHOLE_BYTES = 65  # what codes or zero points that are bytes save: nothing unpacks them
 
 
 def layer_bytes(target: Target, spec: QuantSpec) -> int:
     """Encoded size of one layer, without its bias."""
-    different = np.unique(spec.widths(target.shape[1])).size
-    return _stored(target, spec) + NODE_OVERHEAD + WIDTH_OVERHEAD * (different - 1) * (1 if spec.symmetric else 2)
+    widths = np.unique(spec.widths(target.shape[1])).tolist()
+    arrays = 1 if spec.symmetric else 2
+    nodes = WIDTH_OVERHEAD * (len(widths) - 1)
+    nodes += sum(PLANE_OVERHEAD * (len(planes(bits)) - 1) - (WHOLE_BYTES if bits == 8 else 0) for bits in widths)
+    return _stored(target, spec) + NODE_OVERHEAD + nodes * arrays
 
 
 def stored_bits(target: Target, spec: QuantSpec) -> float:

@@ -14,11 +14,13 @@ from quantkit.costs.size import stored_bits
 from quantkit.forms import Option
 from quantkit.graph.emit import serialized_size
 from quantkit.report.console import short_bytes
-from quantkit.report.types import Contender, Fidelity, LayerRow, Report, Timing
+from quantkit.report.types import Fidelity, FrontRow, LayerRow, Report, SensitivityRow, Timing
 from quantkit.runtime.ort import optimized_nodes
-from quantkit.types import Plan, Target
+from quantkit.types import Plan, QuantSpec, Target
 
 if TYPE_CHECKING:
+    from quantkit.allocation import Outcome
+    from quantkit.allocators._table import Allocation
     from quantkit.candidate import Candidate, Context
     from quantkit.graph.targets import Untouched
     from quantkit.verify import Comparison
@@ -49,15 +51,14 @@ class Measured:
 def build_report(
     context: Context,
     budget: Budget,
-    candidate: Candidate,
-    plan: Plan,
-    contenders: tuple[Contender, ...],
+    outcome: Outcome,
     measured: Measured,
     untouched: Sequence[Untouched],
     name: str,
     origin: Mapping[str, str],
 ) -> Report:
     """Everything a run found out, as plain data."""
+    candidate, plan = outcome.candidate, outcome.plan
     size = serialized_size(candidate.emitted.model)
     kernels = layer_kernels(optimized_nodes(candidate.emitted.model), candidate.emitted.names)
     rows = [
@@ -79,11 +80,28 @@ def build_report(
         stored_bits=average[1],
         fidelity=fidelity,
         timings=measured.timings,
-        contenders=contenders,
+        contenders=outcome.contenders,
         unmet=tuple(_unmet(context, budget, size, average[0], measured)),
-        notes=(*context.loaded.notes, *_notes(context, candidate, measured)),
+        notes=(*context.loaded.notes, *outcome.allocation.notes, *_notes(context, candidate, measured)),
         provenance=dict(origin),
+        sensitivities=sensitivities(outcome.allocation, candidate.asked),
+        predicted=outcome.allocation.predicted,
+        front=tuple(FrontRow(point.size, point.average_bits, point.loss) for point in outcome.allocation.front),
     )
+
+
+def sensitivities(allocation: Allocation, specs: Mapping[str, QuantSpec]) -> tuple[SensitivityRow, ...]:
+    """By the estimator that was believed: the first."""
+    if not allocation.scores:
+        return ()
+    name, scores = next(iter(allocation.scores.items()))
+    rows = []
+    for unit in allocation.units:
+        losses = {unit.bits(option): loss for option, loss in enumerate(scores.raw[unit.name])}
+        spec = specs.get(unit.members[0])
+        bits = None if spec is None or spec.group_bits is not None else spec.bits
+        rows.append(SensitivityRow(unit.members, losses, bits, name))
+    return tuple(rows)
 
 
 def layer_kernels(nodes: Sequence[onnx.NodeProto], names: Mapping[str, frozenset[str]]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import Counter
@@ -145,11 +146,12 @@ def plain_table(title: str, headings: Sequence[str]) -> Table:
 
 def _contender_table(report: Report) -> Table:
     table = plain_table("measured candidates", ("", "plan"))
-    for heading in ("size", "error dB", "time"):
+    for heading in ("size", "nats", "error dB", "time"):
         table.add_column(heading, justify="right")
     for row in report.contenders:
         mark = "*" if row.chosen else ""
-        table.add_row(mark, Text(row.name), short_bytes(row.size), f"{row.sqnr:.1f}", f"{row.latency:.2f}x")
+        nats = f"{row.loss:.3g}" if math.isfinite(row.loss) else "-"
+        table.add_row(mark, Text(row.name), short_bytes(row.size), nats, f"{row.sqnr:.1f}", f"{row.latency:.2f}x")
     return table
 
 

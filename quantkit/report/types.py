@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,13 +72,19 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Contender:
-    """A candidate that was emitted and measured; `chosen` marks the one that was kept."""
+    """A candidate that was emitted and measured.
+
+    Attributes:
+        chosen: marks the one that was kept.
+        loss: nats per sample against the float model.
+    """
 
     name: str
     size: int
     sqnr: float
     latency: float
     chosen: bool
+    loss: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,31 @@ class ScaleRow:
 
 
 @dataclass(frozen=True)
+class SensitivityRow:
+    """What layers that are decided together would lose at each width.
+
+    Attributes:
+        losses: width -> loss; nats per sample for estimators that speak in nats.
+        bits: the width that they got; None where their groups differ.
+        estimator: whose figures these are.
+    """
+
+    layers: tuple[str, ...]
+    losses: Mapping[int, float]
+    bits: int | None
+    estimator: str
+
+
+@dataclass(frozen=True)
+class FrontRow:
+    """One choice between the smallest file and the least loss: estimated bytes, bits of codes, predicted loss."""
+
+    size: int
+    average_bits: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a run found out.
 
@@ -112,6 +144,9 @@ class Report:
         scales: what transforms rescaled, and what they could not.
         notes: things the user should know (folding, slower than float, memory at run time ...).
         provenance: hashes and versions, as in the model's metadata_props.
+        sensitivities: of every unit, in graph order; empty where no estimator was asked.
+        predicted: nats per sample that the allocator expected of its choice, activations float.
+        front: choices from the smallest to the least loss.
     """
 
     model: str
@@ -129,6 +164,9 @@ class Report:
     notes: tuple[str, ...]
     provenance: Mapping[str, str]
     scales: tuple[ScaleRow, ...] = ()
+    sensitivities: tuple[SensitivityRow, ...] = ()
+    predicted: float | None = None
+    front: tuple[FrontRow, ...] = ()
 
     @property
     def budget_met(self) -> bool:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from quantkit.calibration.accumulators import act_params
-from quantkit.costs.size import NODE_OVERHEAD, PLACE_BYTES, WIDTH_OVERHEAD, layer_bytes, stored_bits
+from quantkit.costs.size import NODE_OVERHEAD, PLACE_BYTES, WHOLE_BYTES, WIDTH_OVERHEAD, layer_bytes, stored_bits
 from quantkit.graph.emit import Assignment, Emission, emit, emitter, serialized_size
 from quantkit.graph.regions import find_regions
 from quantkit.graph.targets import find_targets
@@ -110,4 +110,4 @@ def test_bits_per_weight_count_scales_and_zero_points() -> None:
     assert stored_bits(target, QuantSpec(4, 32, symmetric=True)) == pytest.approx(4 + 16 / 32, abs=1e-9)
     assert stored_bits(target, QuantSpec(4, 32)) == pytest.approx(4 + 16 / 32 + 4 / 32, abs=1e-9)
     assert stored_bits(target, QuantSpec(3, -1, symmetric=True)) == pytest.approx(3 + 16 / 512, abs=1e-9)
-    assert layer_bytes(target, QuantSpec(8, -1, symmetric=True)) == 512 * 512 + 2 * 512 + NODE_OVERHEAD
+    assert layer_bytes(target, QuantSpec(8, -1, symmetric=True)) == 512 * 512 + 2 * 512 + NODE_OVERHEAD - WHOLE_BYTES

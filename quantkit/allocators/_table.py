@@ -1,0 +1,329 @@
+"""Units, what each of their options costs and loses, and the exact choice within every budget at once.
+
+A table of losses S[unit, option] comes from an estimator (one file of this folder each). Losses of different units are
+taken to add up; how far they do is a property of the network, so `auto` measures it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from quantkit.allocators._ilp import Limit, choose, total
+from quantkit.types import AllocationProblem, Array, FloatArray, QuantSpec
+
+CAP = 2.0
+"""What is not finite counts as this many times the largest finite loss: it must not flatten the rest."""
+
+REPAIRS = 12
+GROWTH = 2
+"""What is kept back at first grows by this factor, from the bytes that the file is too large by."""
+CLOSE = 2e-4
+"""Share of the size within which a bound is not moved any more."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Targets that share one decision.
+
+    Attributes:
+        name: of the first member.
+        members: target names.
+        options: narrow to wide; target name -> spec, for all members.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    options: tuple[Mapping[str, QuantSpec], ...]
+
+    def bits(self, option: int) -> int:
+        """Width of the first member."""
+        return self.options[option][self.members[0]].bits
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an estimator found.
+
+    Attributes:
+        raw: unit name -> one figure for each option, in the estimator's own unit.
+        quantity: what `raw` is, for the report.
+        nats: whether `raw` is in nats per sample already.
+        notes: what the reader of the figures should know (a budget of probes that ran out, an interval).
+    """
+
+    raw: Mapping[str, tuple[float, ...]]
+    quantity: str
+    nats: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Estimator(Protocol):
+    """An allocator that fills a table."""
+
+    def scores(self, problem: AllocationProblem, units: Sequence[Unit]) -> Scores:
+        """One figure for each option of each unit."""
+
+
+@dataclass(frozen=True)
+class Allocation(Mapping[str, QuantSpec]):
+    """Target name -> spec, with the reasons.
+
+    Attributes:
+        specs: the choice.
+        units: what was decided together.
+        scores: estimator's name -> its figures.
+        predicted: nats per sample, None where no estimator speaks in nats.
+        front: choices from the smallest to the largest that is within the budget's other limits, none better and
+            smaller than another.
+        notes: sentences for the report.
+    """
+
+    specs: Mapping[str, QuantSpec]
+    units: tuple[Unit, ...] = ()
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    predicted: float | None = None
+    front: tuple[Point, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> QuantSpec:
+        return self.specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on the front: what it costs and what it is predicted to lose.
+
+    Attributes:
+        size: bytes of the file.
+        average_bits: codes alone.
+        loss: predicted, in the estimator's unit.
+        specs: target name -> spec.
+    """
+
+    size: int
+    average_bits: float
+    loss: float
+    specs: Mapping[str, QuantSpec]
+
+
+def units_of(problem: AllocationProblem) -> tuple[Unit, ...]:
+    """The problem's units, each with one option for every width that a member has."""
+    joined = problem.units or {name: (name,) for name in problem.targets}
+    units = []
+    for members in joined.values():
+        known = tuple(name for name in members if problem.candidates.get(name))
+        if not known:
+            continue
+        widths = sorted({spec.bits for name in known for spec in problem.candidates[name]})
+        options = []
+        for bits in widths:
+            option = {name: _nearest(problem.candidates[name], bits) for name in known}
+            if option not in options:
+                options.append(option)
+        units.append(Unit(known[0], known, tuple(options)))
+    return tuple(units)
+
+
+def _nearest(specs: Sequence[QuantSpec], bits: int) -> QuantSpec:
+    """The narrowest of at least this width, else the widest."""
+    wider = [spec for spec in specs if spec.bits >= bits]
+    return min(wider, key=lambda spec: spec.bits) if wider else max(specs, key=lambda spec: spec.bits)
+
+
+def joined(units: Sequence[Unit], choice: Sequence[int]) -> dict[str, QuantSpec]:
+    """The choice as target name -> spec."""
+    return {name: spec for unit, pick in zip(units, choice, strict=True) for name, spec in unit.options[pick].items()}
+
+
+def choice_of(units: Sequence[Unit], specs: Mapping[str, QuantSpec]) -> list[int] | None:
+    """The option that each unit has in `specs`; None where a unit has none of its options."""
+    choice = []
+    for unit in units:
+        wanted = {name: specs.get(name) for name in unit.members}
+        if wanted not in unit.options:
+            return None
+        choice.append(unit.options.index(wanted))
+    return choice
+
+
+def weights_of(problem: AllocationProblem, specs: Mapping[str, QuantSpec]) -> dict[str, FloatArray]:
+    """Target name -> W[N, K] as it will be after quantization."""
+    return {name: problem.quantize(problem.targets[name], spec).dequantize() for name, spec in specs.items()}
+
+
+def losses(units: Sequence[Unit], raw: Mapping[str, Sequence[float]]) -> list[list[float]]:
+    """[units][options] finite losses of at least 0."""
+    values = [np.asarray(raw[unit.name], np.float64) for unit in units]
+    finite = [row[np.isfinite(row)] for row in values]
+    largest = max((float(row.max()) for row in finite if row.size), default=0.0)
+    cap = CAP * largest if largest > 0 else 1.0
+    return [np.clip(np.nan_to_num(row, nan=cap, posinf=cap, neginf=0.0), 0.0, cap).tolist() for row in values]
+
+
+def amounts(units: Sequence[Unit], cost: Callable[[str, QuantSpec], float]) -> list[list[float]]:
+    """[units][options] of a cost that adds up over members."""
+    return [[sum(cost(name, spec) for name, spec in option.items()) for option in unit.options] for unit in units]
+
+
+def limits(problem: AllocationProblem, units: Sequence[Unit]) -> list[Limit]:
+    """Every budget of the problem that is linear in the choice; `max_drop` is not."""
+    budget, targets = problem.budget, problem.targets
+    names = [name for unit in units for name in unit.members]
+    found = []
+    if budget.avg_bits is not None:
+        weights = sum(math.prod(targets[name].shape) for name in names)
+        found.append(Limit(code_bits(problem, units), budget.avg_bits * weights))
+    size = budget.max_bytes(problem.float_size)
+    if size is not None:
+        found.append(Limit(sizes(problem, units), size - problem.fixed_size))
+    if budget.max_bops is not None and problem.bops is not None:
+        count = problem.bops
+        whole = sum(count(targets[name], None) for name in names)
+        limit = budget.max_bit_operations(whole)
+        assert limit is not None
+        found.append(Limit(amounts(units, lambda name, spec: count(targets[name], spec)), limit))
+    if budget.max_latency is not None and problem.milliseconds is not None and problem.model_ms:
+        time = problem.milliseconds
+        rest = problem.model_ms - sum(time(targets[name], None) for name in names)
+        bound = budget.max_latency * problem.model_ms - rest
+        found.append(Limit(amounts(units, lambda name, spec: time(targets[name], spec)), bound))
+    return found
+
+
+def code_bits(problem: AllocationProblem, units: Sequence[Unit]) -> list[list[float]]:
+    """Bits of codes alone."""
+    shapes = {name: target.shape for name, target in problem.targets.items()}
+    return amounts(units, lambda name, spec: spec.average_bits(shapes[name][1]) * math.prod(shapes[name]))
+
+
+def sizes(problem: AllocationProblem, units: Sequence[Unit]) -> list[list[float]]:
+    """Bytes in the file."""
+    return amounts(units, lambda name, spec: problem.size(problem.targets[name], spec))
+
+
+def solve(problem: AllocationProblem, units: Sequence[Unit], table: Sequence[Sequence[float]]) -> list[int]:
+    """The least total loss within all linear budgets; where nothing fits, the narrowest of everything.
+
+    Sizes are estimates: every mixture of widths brings nodes of its own. So the real file is made, and the bound moved
+    between what fits and what does not.
+    """
+    found = choose(table, limits(problem, units))
+    limit = problem.budget.max_bytes(problem.float_size)
+    if found is None or limit is None or problem.file_size is None:
+        return [0] * len(units) if found is None else found
+    best: list[int] | None = None
+    low, high, extra = 0, None, 0  # bytes kept back: too few, enough
+    for _ in range(REPAIRS):
+        over = 0 if found is None else problem.file_size(joined(units, found)) - limit
+        if over > 0:
+            low = extra
+            extra = GROWTH * max(extra, over) if high is None else (extra + high) // 2
+        else:
+            if found is not None and (best is None or total(table, found) < total(table, best)):
+                best = found
+            high = extra
+            extra = (low + extra) // 2
+        if high is not None and high - low <= CLOSE * limit:
+            break
+        found = choose(table, limits(replace(problem, fixed_size=problem.fixed_size + extra), units))
+    return [0] * len(units) if best is None else best
+
+
+def front(
+    problem: AllocationProblem, units: Sequence[Unit], table: Sequence[Sequence[float]], steps: int = 24
+) -> tuple[Point, ...]:
+    """Choices along the size, from everything narrow to the least loss that the budget's limits allow."""
+    size, bits = sizes(problem, units), code_bits(problem, units)
+    names = [name for unit in units for name in unit.members]
+    weights = sum(math.prod(problem.targets[name].shape) for name in names)
+    best = solve(problem, units, table)
+    low = [int(np.argmin(row)) for row in size]
+    found: dict[tuple[int, ...], Point] = {}
+    others = limits(problem, units)
+    for bound in np.linspace(total(size, low), total(size, best), steps):
+        picked = choose(table, [*others, Limit(size, float(bound))])
+        if picked is not None:
+            found[tuple(picked)] = Point(
+                int(total(size, picked)) + problem.fixed_size,
+                total(bits, picked) / weights,
+                total(table, picked),
+                joined(units, picked),
+            )
+    points = sorted(found.values(), key=lambda point: (point.size, point.loss))
+    kept: list[Point] = []
+    for point in points:
+        if not kept or point.loss < kept[-1].loss:
+            kept.append(point)
+    return tuple(kept)
+
+
+def allocate_by(problem: AllocationProblem, name: str, estimator: Estimator) -> Allocation:
+    """The choice by one estimator's table; with `max_drop`, the smallest on its front that really keeps it."""
+    units = units_of(problem)
+    if not units:
+        return Allocation({})
+    widest = joined(units, [len(unit.options) - 1 for unit in units])
+    if problem.budget.is_empty:
+        return Allocation(widest, units)
+    scores = scored(problem, units, name, estimator)
+    table = losses(units, scores.raw)
+    points = front(problem, units, table)
+    picked = solve(problem, units, table)
+    specs: Mapping[str, QuantSpec] = joined(units, picked)
+    if problem.budget.max_drop is not None:
+        specs = smallest_within_drop(problem, points, specs)
+    predicted = total(table, picked) if scores.nats else None
+    return Allocation(specs, units, {name: scores}, predicted, points, scores.notes)
+
+
+def scored(problem: AllocationProblem, units: Sequence[Unit], name: str, estimator: Estimator) -> Scores:
+    """The estimator's figures, found once in a run: no budget changes them."""
+    if name not in problem.known:
+        problem.known[name] = estimator.scores(problem, units)
+    found: Scores = problem.known[name]
+    return found
+
+
+def smallest_within_drop(
+    problem: AllocationProblem, points: Sequence[Point], fallback: Mapping[str, QuantSpec]
+) -> Mapping[str, QuantSpec]:
+    """The smallest point whose measured drop is within the budget; `fallback` where none is.
+
+    Bisection over the front, small to large; the drop is nearly but not quite monotone, so that the two neighbours
+    below the place found are tried too.
+    """
+    limit = problem.budget.max_drop
+    assert limit is not None
+    known: dict[int, bool] = {}
+
+    def keeps(index: int) -> bool:
+        if index not in known:
+            known[index] = problem.evaluate(points[index].specs).drop <= limit
+        return known[index]
+
+    low, high = 0, len(points)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if keeps(middle) else (middle + 1, high)
+    if low == len(points):
+        return fallback
+    for index in range(max(low - 2, 0), low):
+        if keeps(index):
+            return points[index].specs
+    return points[low].specs
+
+
+def predicted(table: Sequence[Sequence[float]], choices: Sequence[Sequence[int]]) -> Array:
+    """Total loss of each choice."""
+    return np.array([total(table, choice) for choice in choices])

@@ -1,0 +1,177 @@
+"""The default: let measurements choose the estimator, then let measurements choose the plan.
+
+1. Estimators fill their tables: single-unit divergences where affordable, and figures that cost next to nothing.
+2. Random assignments near the budget are tried; the estimator that predicts them best, each left out in turn, is
+   believed. How far losses add up is a property of the network, and this shows it.
+3. A few plans are emitted and measured in their runtime: one width everywhere, one width with first and last layer at 8
+   bits, the solver's answer by each of the two best estimators. The best within the budget is kept, so the result is
+   never worse than uniform.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from quantkit.allocators._ilp import total
+from quantkit.allocators._judge import Verdict, assignments, judge, true_losses
+from quantkit.allocators._table import (
+    Allocation,
+    Estimator,
+    Scores,
+    Unit,
+    choice_of,
+    front,
+    joined,
+    limits,
+    losses,
+    scored,
+    smallest_within_drop,
+    solve,
+    units_of,
+)
+from quantkit.allocators.measured import Measured
+from quantkit.allocators.salience import Salience
+from quantkit.allocators.uniform import DEFAULT_BITS, Uniform
+from quantkit.errors import InputError
+from quantkit.types import AllocationProblem, Allocator, Measurement, QuantSpec
+
+EDGE_BITS = 8
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Choose by measurement.
+
+    Attributes:
+        assignments: random assignments that are tried to judge estimators.
+        affordable: multiplications that a table of single-unit divergences may take; beyond, it is not made.
+        contenders: estimators whose answers are emitted and measured.
+        margin: a plan has to lose this share less than the one by the most trusted estimator to take its place: few
+            held-out samples tell small differences by chance. Uniform only has to lose less.
+    """
+
+    assignments: int = 24
+    affordable: float = 2e13
+    contenders: int = 2
+    margin: float = 0.1
+
+    stats: ClassVar[frozenset[str]] = Salience.stats
+
+    def __post_init__(self) -> None:
+        if self.assignments < 3:
+            raise InputError(f"auto.assignments must be at least 3, got {self.assignments}")
+        if not 0 <= self.margin < 1:
+            raise InputError(f"auto.margin must be at least 0 and below 1, got {self.margin}")
+        if self.contenders < 1:
+            raise InputError(f"auto.contenders must be at least 1, got {self.contenders}")
+
+    def allocate(self, problem: AllocationProblem) -> Allocation:
+        units = units_of(problem)
+        if problem.network is None or not units or _nothing_to_choose(problem, units):
+            return Allocation(Uniform().allocate(problem), units)
+        scores = {
+            name: scored(problem, units, name, estimator)
+            for name, estimator in self._estimators(problem, units).items()
+        }
+        verdicts = self._verdicts(problem, units, scores)
+        ranking = sorted(verdicts, key=lambda name: verdicts[name].error)
+        tables = {name: losses(units, scores[name].raw) for name in ranking}
+        best = ranking[0]
+        points = front(problem, units, tables[best])
+        notes = (_sentence(best, verdicts), *scores[best].notes)
+        chosen = self._kept(problem, _pool(problem, units, {name: tables[name] for name in ranking[: self.contenders]}))
+        if problem.budget.max_drop is not None:
+            chosen = smallest_within_drop(problem, points, chosen)
+        picked = choice_of(units, chosen)
+        loss = None if picked is None else verdicts[best].scale * total(tables[best], picked)
+        return Allocation(chosen, units, {name: scores[name] for name in ranking}, loss, points, notes)
+
+    def _estimators(self, problem: AllocationProblem, units: Sequence[Unit]) -> dict[str, Estimator]:
+        assert problem.network is not None
+        found: dict[str, Estimator] = {"salience": Salience()}
+        entries = sum(len(unit.options) for unit in units)
+        samples = sum(len(next(iter(feed.values()))) for feed in problem.network.calibration.feeds)
+        if problem.network.macs * samples * entries / 2 <= self.affordable:
+            found["measured"] = Measured()
+        return found
+
+    def _verdicts(
+        self, problem: AllocationProblem, units: Sequence[Unit], scores: Mapping[str, Scores]
+    ) -> dict[str, Verdict]:
+        choices = assignments(problem, units, self.assignments)
+        truth = true_losses(problem, units, choices)
+        return {name: judge(units, found.raw, choices, truth) for name, found in scores.items()}
+
+    def _kept(self, problem: AllocationProblem, pool: Mapping[str, Mapping[str, QuantSpec]]) -> Mapping[str, QuantSpec]:
+        """The first of the pool, unless another is measured to lose clearly less, or uniform to lose less at all."""
+        limit = problem.budget.max_bytes(problem.float_size)
+        found: dict[str, Measurement] = {}
+        for name, specs in pool.items():
+            if not any(specs == pool[other] for other in found):
+                found[name] = problem.evaluate(specs, name)
+        fitting = {name: figures for name, figures in found.items() if limit is None or figures.size <= limit}
+        if not fitting:
+            return pool[min(found, key=lambda name: found[name].size)]
+        best = next(iter(fitting))
+        for name, figures in fitting.items():
+            if figures.loss < fitting[best].loss * (1.0 if name == UNIFORM else 1 - self.margin):
+                best = name
+        return pool[best]
+
+
+def _pool(
+    problem: AllocationProblem, units: Sequence[Unit], tables: Mapping[str, Sequence[Sequence[float]]]
+) -> dict[str, Mapping[str, QuantSpec]]:
+    """Name -> plan to emit and measure."""
+    if not limits(problem, units):  # an accuracy alone: the front decides
+        return {"widest": joined(units, [len(unit.options) - 1 for unit in units])}
+    same = replace(problem, budget=replace(problem.budget, max_drop=None))
+    pool = {f"bits by {name}": joined(units, solve(problem, units, table)) for name, table in tables.items()}
+    recipe = _recipe(problem, units)
+    ends = {} if recipe is None else {"8 bits at both ends": recipe}
+    return {**pool, **ends, UNIFORM: Uniform().allocate(same)}  # uniform last: it need not win clearly
+
+
+def _nothing_to_choose(problem: AllocationProblem, units: Sequence[Unit]) -> bool:
+    """Whether the widest that is of use fits: more bits than 8 gain nothing, and fewer were not asked for."""
+    if problem.budget.max_drop is not None:
+        return False
+    wide = [max(option for option in range(len(unit.options)) if _ordinary(unit, option)) for unit in units]
+    return all(total(limit.amounts, wide) <= limit.bound for limit in limits(problem, units))
+
+
+def _ordinary(unit: Unit, option: int) -> bool:
+    return option == 0 or unit.bits(option) <= DEFAULT_BITS
+
+
+def _recipe(problem: AllocationProblem, units: Sequence[Unit]) -> dict[str, QuantSpec] | None:
+    """First and last layer at 8 bits, all others one width: the widest that still fits; None where none does."""
+    if len(units) < 3:
+        return None
+    bounds = limits(problem, units)
+    widths = sorted({unit.bits(option) for unit in units for option in range(len(unit.options))}, reverse=True)
+    for bits in widths:
+        choice = []
+        for index, unit in enumerate(units):
+            wanted = EDGE_BITS if index in (0, len(units) - 1) else bits
+            wide = [option for option in range(len(unit.options)) if unit.bits(option) >= wanted]
+            choice.append(wide[0] if wide else len(unit.options) - 1)
+        if all(total(limit.amounts, choice) <= limit.bound for limit in bounds):
+            return joined(units, choice)
+    return None
+
+
+def _sentence(best: str, verdicts: Mapping[str, Verdict]) -> str:
+    """What the report says about the estimators."""
+    figures = "; ".join(
+        f"{name}: rank correlation {found.rank:.2f}, off by {100 * math.expm1(found.error):.0f} %"
+        for name, found in sorted(verdicts.items(), key=lambda item: item[1].error)
+    )
+    return f"bits by {best}, which predicted random assignments best ({figures})"
+
+
+METHOD: type[Allocator] = Auto
