@@ -133,7 +133,9 @@ def _pool(
     pool = {f"bits by {name}": joined(units, solve(problem, units, table)) for name, table in tables.items()}
     recipe = _recipe(problem, units)
     ends = {} if recipe is None else {"8 bits at both ends": recipe}
-    return {**pool, **ends, UNIFORM: Uniform().allocate(same)}  # uniform last: it need not win clearly
+    uniform = Uniform().allocate(same)
+    others = {name: specs for name, specs in {**pool, **ends}.items() if specs != uniform}
+    return {**others, UNIFORM: uniform}  # last: it need not win clearly
 
 
 def _nothing_to_choose(problem: AllocationProblem, units: Sequence[Unit]) -> bool:
