@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,27 @@ def test_floats_are_tried_where_integers_are_too_slow(monkeypatch: pytest.Monkey
         budget=quantkit.Budget(max_latency=1.0),
     )
     assert {layer.form for layer in result.plan.layers.values()} <= {"packed", "matmulnbits"}
+
+
+@pytest.mark.parametrize("allocator", ["auto", "uniform"])
+def test_bit_operations_are_counted_and_kept(allocator: str) -> None:
+    data = models.images(16)
+    # Integer activations of 8 bits: weights of b bits cost 8 b for each of float's 1024.
+    report = quantkit.compress(
+        models.cnn(),
+        calibration=data,
+        calibrator="minmax",
+        allocator=allocator,
+        budget=quantkit.Budget(max_bops=Fraction(4 * 8, 1024)),
+    ).report
+    assert not report.unmet
+    conv2 = report.layers[1]  # nearly all multiplications are in it
+    assert conv2.bits is not None and conv2.bits <= 4
+    weights_only = quantkit.compress(
+        models.cnn(), calibration=data, activations="none", budget=quantkit.Budget(max_bops=Fraction(1, 100))
+    ).report
+    assert weights_only.average_bits == 2
+    assert any("bit operations exceed the budget of" in sentence for sentence in weights_only.unmet)
 
 
 def test_a_doubtful_time_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""One width for every layer: the widest that fits the size, or the narrowest that keeps the accuracy asked for.
+"""One width for every layer: the widest that fits size and bit operations, or the narrowest that keeps the accuracy.
 
 Without a budget: 8 bits. A fractional average-bits budget is rounded down, since one width cannot meet it.
 """
@@ -49,6 +49,11 @@ def _fits(problem: AllocationProblem, bits: int) -> bool:
     if budget.avg_bits is not None:
         average = sum(spec.bits * weights[name] for name, spec in specs.items()) / sum(weights[n] for n in specs)
         if average > budget.avg_bits + 1e-9:
+            return False
+    if budget.max_bops is not None and problem.bops is not None:
+        count = problem.bops
+        most = budget.max_bit_operations(sum(count(target, None) for target in problem.targets.values()))
+        if most is not None and sum(count(problem.targets[name], spec) for name, spec in specs.items()) > most:
             return False
     limit = budget.max_bytes(problem.float_size)
     size = problem.fixed_size + sum(problem.size(problem.targets[name], spec) for name, spec in specs.items())

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from quantkit.budget import Budget
+from quantkit.costs.bops import bops
 from quantkit.costs.size import stored_bits
 from quantkit.forms import Option
 from quantkit.graph.emit import serialized_size
@@ -81,7 +82,7 @@ def build_report(
         fidelity=fidelity,
         timings=measured.timings,
         contenders=outcome.contenders,
-        unmet=tuple(_unmet(context, budget, size, average[0], measured)),
+        unmet=tuple(_unmet(context, budget, candidate, size, average[0], measured)),
         notes=(*context.loaded.notes, *outcome.allocation.notes, *_notes(context, candidate, measured)),
         provenance=dict(origin),
         sensitivities=sensitivities(outcome.allocation, candidate.asked),
@@ -172,7 +173,9 @@ def _average(targets: Mapping[str, Target], chosen: Mapping[str, Option]) -> tup
     return codes / total, stored / total
 
 
-def _unmet(context: Context, budget: Budget, size: int, average: float, measured: Measured) -> list[str]:
+def _unmet(
+    context: Context, budget: Budget, candidate: Candidate, size: int, average: float, measured: Measured
+) -> list[str]:
     found = []
     limit = budget.max_bytes(context.loaded.size)
     if limit is not None and size > limit:
@@ -190,9 +193,18 @@ def _unmet(context: Context, budget: Budget, size: int, average: float, measured
             found.append("the accuracy budget cannot be checked without data; give --calib, or --eval and --metric")
         elif drop > budget.max_drop:
             found.append(f"the drop of {drop:.4f} exceeds the budget of {budget.max_drop:g}")
-    if budget.max_bops is not None:
-        found.append("a budget in bit operations needs an allocator that counts them; uniform does not")
-    return found
+    return found + _unmet_bops(context, budget, candidate)
+
+
+def _unmet_bops(context: Context, budget: Budget, candidate: Candidate) -> list[str]:
+    def spent(chosen: Mapping[str, Option]) -> int:
+        return sum(
+            bops(target, chosen[name].spec if name in chosen else None, context.stats.get(name))
+            for name, target in context.targets.items()
+        )
+
+    limit, count = budget.max_bit_operations(spent({})), spent(candidate.chosen)
+    return [f"{count} bit operations exceed the budget of {limit}"] if limit is not None and count > limit else []
 
 
 def _drop(measured: Measured) -> float | None:
