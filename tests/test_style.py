@@ -12,7 +12,7 @@ FUNCTION_LINES = 60
 
 
 def sources() -> Iterator[Path]:
-    for folder in ("quantkit", "benchmarks"):
+    for folder in ("quantkit", "kernels", "benchmarks"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 
