@@ -119,7 +119,9 @@ class MiniLM(torch.nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         seq = input_ids.shape[1]
         x = self.norm(self.words[input_ids] + self.kinds[0] + self.places[:seq])
-        hidden = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(attention_mask == 0, -1e30)
+        hidden = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(
+            attention_mask == 0, torch.finfo(x.dtype).min / 4
+        )
         for layer in self.layers:
             x = layer(x, hidden[:, None, None, :])
         weight = attention_mask[..., None].to(x.dtype)

@@ -14,15 +14,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+import quantkit
 from quantkit import metrics
 from quantkit.runtime.ort import make_session, optimized_nodes
 from quantkit.types import Array, Feed
@@ -50,6 +52,7 @@ class Environment:
         threads: of one onnxruntime operator while timing.
         date: UTC, to the second.
         commit: of this repository, with `+` when files differ from it.
+        gpu: name, processors, driver; "" = none was used.
     """
 
     versions: Mapping[str, str]
@@ -57,6 +60,7 @@ class Environment:
     threads: int
     date: str
     commit: str
+    gpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,15 +136,24 @@ def read_records(path: Path) -> list[Record]:
     return [Record.from_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def environment(threads: int) -> Environment:
-    """This machine, now."""
+def environment(threads: int, packages: Sequence[str] = PACKAGES, gpu: str = "") -> Environment:
+    """This machine, now; packages that are not installed are left out."""
     return Environment(
-        versions={name: version(name) for name in PACKAGES},
+        versions=_versions(packages),
         cpu=_cpu(),
         threads=threads,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
+        gpu=gpu,
     )
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    found = {"quantkit": quantkit.__version__} if "quantkit" in packages else {}
+    for name in packages:
+        with suppress(PackageNotFoundError):  # quantkit itself may run from its folder
+            found[name] = version(name)
+    return found
 
 
 def _cpu() -> str:
@@ -159,7 +172,10 @@ def _cpu() -> str:
 def _commit() -> str:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except FileNotFoundError:
+            return ""
 
     head = git("rev-parse", "--short=12", "HEAD")
     return f"{head}+" if head and git("status", "--porcelain") else head or "unknown"

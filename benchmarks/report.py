@@ -1,6 +1,6 @@
-"""Results as Markdown tables.
+"""Results as Markdown tables, and plots of those of the GPU kernels.
 
-python -m benchmarks.report results.jsonl
+python -m benchmarks.report results.jsonl [--plots FOLDER]
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import gpu_tables, plots
 from benchmarks.harness import Environment, Record, read_records
+from benchmarks.markdown import markdown_table
 
 # What tells integer from float execution; other operators are left to the JSON lines.
 KERNELS = (
@@ -27,6 +29,8 @@ KERNELS = (
     "FusedGemm",
 )
 SHARES = ("top-1", "agreement", "same neighbour")
+TABLES = {"kernels": gpu_tables.kernels, "e2e": gpu_tables.networks}
+"""Benchmarks whose rows are shown in another way."""
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
@@ -35,14 +39,6 @@ def newest(records: Iterable[Record]) -> list[Record]:
     for record in records:
         rows[record.benchmark, record.model, record.provider, record.setting] = record
     return list(rows.values())
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns that are empty in every row are left out; all but the first two are right-aligned."""
-    keep = [index for index in range(len(header)) if index < 2 or any(row[index] for row in rows)]
-    lines = [[header[index] for index in keep], ["---" if index < 2 else "---:" for index in keep]]
-    lines += [[row[index].replace("|", "\\|") for index in keep] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def benchmark_table(records: Sequence[Record]) -> str:
@@ -104,7 +100,8 @@ def environment_text(environments: Iterable[Environment]) -> str:
     """One line for each way that records of a benchmark were taken."""
     lines = _in_order(
         f"{', '.join(f'{name} {number}' for name, number in item.versions.items())}; {item.cpu}; "
-        f"{item.threads} thread{'' if item.threads == 1 else 's'}; {item.date[:10]}; commit {item.commit}"
+        f"{item.gpu + '; ' if item.gpu else ''}{item.threads} thread{'' if item.threads == 1 else 's'}; "
+        f"{item.date[:10]}; commit {item.commit}"
         for item in environments
     )
     return "\n".join(lines)
@@ -121,15 +118,20 @@ def render(records: Sequence[Record]) -> str:
     for name in _in_order(record.benchmark for record in rows):
         chosen = [record for record in rows if record.benchmark == name]
         conditions = environment_text(record.environment for record in chosen)
-        parts.append(f"### {name}\n\n{benchmark_table(chosen)}\n\n{conditions}\n")
+        tables = TABLES.get(name, benchmark_table)(chosen)
+        parts.append(f"### {name}\n\n{tables}\n\n{conditions}\n")
     return "\n".join(parts)
 
 
 def main() -> None:
     parser = ArgumentParser(description="Markdown tables of benchmark results")
     parser.add_argument("results", type=Path, nargs="+", help="JSONL files")
+    parser.add_argument("--plots", type=Path, help="folder for plots of the GPU kernels (needs matplotlib)")
     args = parser.parse_args()
-    print(render([record for path in args.results for record in read_records(path)]))
+    records = [record for path in args.results for record in read_records(path)]
+    print(render(records))
+    if args.plots is not None:
+        print("\n".join(f"![{path.stem}]({path})" for path in plots.draw(records, args.plots)))
 
 
 if __name__ == "__main__":

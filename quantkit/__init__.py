@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from quantkit.pipeline import Result, apply, compress
     from quantkit.plan import load_plan, save_plan
     from quantkit.report.types import Report
+    from quantkit.runtime.session import InferenceSession
     from quantkit.types import LayerPlan, Plan, QuantSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "InferenceSession",
     "InputError",
     "LayerPlan",
     "Options",
@@ -41,6 +43,7 @@ _HOMES = (
     ("quantkit.pipeline", ("Result", "apply", "compress")),
     ("quantkit.plan", ("load_plan", "save_plan")),
     ("quantkit.report.types", ("Report",)),
+    ("quantkit.runtime.session", ("InferenceSession",)),
     ("quantkit.types", ("LayerPlan", "Plan", "QuantSpec")),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -152,10 +152,20 @@ def optimized_nodes(model: ir.Model | Path, *, threads: int = 1) -> list[onnx.No
     return found
 
 
-def time_sessions(sessions: Sequence[Session], feed: Feed, *, seconds: float = 1.0, rounds: int = 5) -> list[float]:
+def time_sessions(
+    sessions: Sequence[Session],
+    feed: Feed,
+    *,
+    seconds: float = 1.0,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Median milliseconds of each session on one feed, alternating so that all share the machine's moods.
 
     Each is warmed up twice, then at least `rounds` rounds run, and more until `seconds` have gone by.
+
+    Args:
+        clock: in seconds; see `undisturbed_clock`.
     """
     for session in sessions:
         session.run(feed)
@@ -164,12 +174,26 @@ def time_sessions(sessions: Sequence[Session], feed: Feed, *, seconds: float = 1
     start = time.perf_counter()
     while len(times[0]) < rounds or time.perf_counter() - start < seconds:
         for session, samples in zip(sessions, times, strict=True):
-            before = time.perf_counter()
+            before = clock()
             session.run(feed)
-            samples.append(time.perf_counter() - before)
+            samples.append(clock() - before)
     return [float(np.median(samples)) * 1000 for samples in times]
+
+
+def undisturbed_clock(threads: int) -> Callable[[], float]:
+    """For figures that are compared with those of other minutes: what else the machine does should not be in them.
+
+    A session of one thread runs in the caller's, whose processor time is told; for more threads, only the wall clock is
+    right.
+    """
+    return time.thread_time if threads == 1 else time.perf_counter
 
 
 def input_specs(session: Session) -> Mapping[str, tuple[str, tuple[int | str | None, ...]]]:
     """Input name -> (onnxruntime type such as `tensor(float)`, shape with names for dynamic sizes)."""
     return {item.name: (item.type, tuple(item.shape)) for item in session._session.get_inputs()}
+
+
+def output_specs(session: Session) -> Mapping[str, tuple[str, tuple[int | str | None, ...]]]:
+    """Output name -> (onnxruntime type, shape), as `input_specs`."""
+    return {item.name: (item.type, tuple(item.shape)) for item in session._session.get_outputs()}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 
 from quantkit.errors import InputError
-from quantkit.runtime.torch_backend._dtypes import FLOATS, SUB_BYTE, Carriers, to_torch_tensor
-from quantkit.runtime.torch_backend._functions import Expansion, expand
+from quantkit.runtime.torch_backend._dtypes import FLOATS, SUB_BYTE, Carriers, narrowed, to_torch_tensor
+from quantkit.runtime.torch_backend._functions import Expansion, FunctionKey, expand
 from quantkit.runtime.torch_backend._program import Program, Step
 from quantkit.runtime.torch_backend._scope import INTEGERS, Compiler, Constant, Read, Scope, State
 from quantkit.runtime.torch_backend._table import find
-from quantkit.runtime.torch_backend._types import Node, Op, Value
+from quantkit.runtime.torch_backend._types import Fused, Node, Op, Value
 
 MAX_NESTING = 64
 
@@ -59,14 +60,23 @@ class Compiled:
     defaults: Mapping[str, int]
 
 
-def compile_model(model: ir.Model, carriers: Carriers, state: State) -> Compiled:
+def compile_model(
+    model: ir.Model,
+    carriers: Carriers,
+    state: State,
+    fused: Mapping[ir.Node, Fused] | None = None,
+    skipped: frozenset[ir.Node] = frozenset(),
+) -> Compiled:
     """Convert every node.
+
+    Args:
+        fused: nodes to be computed in another way than by their converters.
+        skipped: nodes that are left out, since nobody needs what they compute.
 
     Raises:
         InputError: operators that nothing here computes, all of them named; a node that its converter refuses.
     """
-    functions = {key: ir.serde.serialize_function(function) for key, function in model.functions.items()}
-    compiler = Compiler(model.graph, carriers, functions, state)
+    compiler = Compiler(model.graph, carriers, functions_of(model), state, fused or {}, skipped)
     scope = Scope(compiler, None, dict(model.opset_imports))
     graph = model.graph
     overridable = [value for value in graph.inputs if value.const_value is not None]
@@ -74,19 +84,48 @@ def compile_model(model: ir.Model, carriers: Carriers, state: State) -> Compiled
     scope.outside.clear()  # from here on these names mean the inputs
     inputs = {str(value.name): scope.define(value) for value in graph.inputs}
     _add_nodes(scope, graph)
-    if compiler.unsupported:
-        named = "; ".join(
-            f"{op} (nodes {', '.join(repr(n) for n in names)})" for op, names in sorted(compiler.unsupported.items())
-        )
-        raise InputError(f"the torch backend has no converter for: {named}")
+    _check_supported(compiler)
     outputs = tuple(scope.reads(value) for value in graph.outputs)
     program = _finished(scope, tuple(inputs.values()), (), outputs)
     computed = {str(value.name): slot for value, slot in scope.slots.items()}
     return Compiled(program, scope.constants, scope.host, computed, inputs, defaults)
 
 
-def _add_nodes(scope: Scope, graph: ir.Graph) -> None:
-    for node in graph:
+def functions_of(model: ir.Model) -> dict[FunctionKey, onnx.FunctionProto]:
+    """The model's own functions."""
+    return {key: ir.serde.serialize_function(function) for key, function in model.functions.items()}
+
+
+def evaluate(
+    model: ir.Model, functions: Mapping[FunctionKey, onnx.FunctionProto], nodes: Sequence[ir.Node], value: ir.Value
+) -> Value:
+    """What these nodes of the main graph, in order, make of initializers alone; on the CPU, in the model's own types.
+
+    Raises:
+        InputError: as `compile_model`.
+    """
+    compiler = Compiler(model.graph, Carriers(), functions, State())
+    scope = Scope(compiler, None, dict(model.opset_imports))
+    _add_nodes(scope, nodes)
+    _check_supported(compiler)
+    slot = scope.reads(value)
+    program = _finished(scope, (), (), (slot,))
+    known = {**{place: constant.tensor for place, constant in scope.constants.items()}, **scope.host}
+    return program.execute(known)[slot]
+
+
+def _check_supported(compiler: Compiler) -> None:
+    if compiler.unsupported:
+        named = "; ".join(
+            f"{op} (nodes {', '.join(repr(n) for n in names)})" for op, names in sorted(compiler.unsupported.items())
+        )
+        raise InputError(f"the torch backend has no converter for: {named}")
+
+
+def _add_nodes(scope: Scope, nodes: Iterable[ir.Node]) -> None:
+    for node in nodes:
+        if node in scope.compiler.skipped:
+            continue
         if node.op_type == "Constant" and node.domain == "":
             _make_constant(node)
             continue
@@ -110,6 +149,9 @@ def _make_constant(node: ir.Node) -> None:
 
 
 def _add_node(scope: Scope, node: ir.Node) -> None:
+    if node in scope.compiler.fused:
+        _add_fused(scope, node, scope.compiler.fused[node])
+        return
     domain = "" if node.domain == "ai.onnx" else node.domain
     version = scope.opsets.get(domain, 1)
     op = (
@@ -128,6 +170,13 @@ def _add_node(scope: Scope, node: ir.Node) -> None:
             scope.define(value)
         return
     _add_step(scope, node, op, version)
+
+
+def _add_fused(scope: Scope, node: ir.Node, fused: Fused) -> None:
+    slots = tuple(None if value is None else scope.reads(value) for value in fused.values)
+    moved = tuple(position for position, slot in enumerate(slots) if slot is not None)
+    outputs = (scope.define(node.outputs[0]),)
+    scope.steps.append(Step(fused.run, slots, outputs, (), moved, (), f"{node.op_type} {_name(node)!r}"))
 
 
 def _name(node: ir.Node) -> str:
@@ -193,7 +242,7 @@ def _attributes(scope: Scope, node: ir.Node) -> tuple[dict[str, Any], list[Read]
         elif attribute.type == ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
             data = to_torch_tensor(tensor.numpy(), tensor.dtype)
-            plain[name] = data.to(scope.compiler.carriers(tensor.dtype)) if tensor.dtype in FLOATS else data
+            plain[name] = narrowed(data, scope.compiler.carriers(tensor.dtype)) if tensor.dtype in FLOATS else data
         else:
             plain[name] = attribute.value
     captured = list(dict.fromkeys(read for _, reads in programs.values() for read in reads))

@@ -113,6 +113,18 @@ def _shared(values: Array) -> torch.Tensor:
         return torch.from_numpy(values)
 
 
+def narrowed(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in another float type; finite numbers stay finite (masks hold the lowest float32, and 0 times infinity
+    is no number)."""
+    result = tensor.to(dtype)
+    if dtype.itemsize < tensor.dtype.itemsize:
+        beyond = result.isinf() & ~tensor.isinf()
+        if bool(beyond.any()):
+            limit = torch.finfo(dtype).max
+            result = torch.where(beyond, result.clamp(-limit, limit), result)
+    return result
+
+
 def to_numpy(tensor: torch.Tensor, dtype: ir.DataType | None) -> Array:
     """The tensor as the ONNX element type's numpy type (ml_dtypes where numpy has none)."""
     plain = tensor.detach().cpu()

@@ -45,6 +45,10 @@ class Placement:
         self.device = device
         self._copies: dict[tuple[torch.dtype, tuple[int, ...], bytes], torch.Tensor] = {}
 
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """The copies; a captured CUDA graph that holds them goes on reading right numbers whatever is let go here."""
+        return tuple(self._copies.values())
+
     def __call__(self, value: Value) -> Value:
         if isinstance(value, list):
             return [self(item) for item in value]

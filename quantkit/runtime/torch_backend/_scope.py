@@ -13,9 +13,18 @@ import onnx_ir as ir
 import torch
 
 from quantkit.errors import InputError
-from quantkit.runtime.torch_backend._dtypes import FLOATS, SUB_BYTE, Carriers, Packed, packed_bytes, to_torch_tensor
+from quantkit.runtime.torch_backend._dtypes import (
+    FLOATS,
+    SUB_BYTE,
+    Carriers,
+    Packed,
+    narrowed,
+    packed_bytes,
+    to_torch_tensor,
+)
 from quantkit.runtime.torch_backend._functions import FunctionKey
 from quantkit.runtime.torch_backend._program import Placement, Step
+from quantkit.runtime.torch_backend._types import Fused
 from quantkit.types import Array
 
 INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL})
@@ -54,12 +63,19 @@ class Constant:
 
 @dataclass
 class Compiler:
-    """What all graphs of one model share."""
+    """What all graphs of one model share.
+
+    Attributes:
+        fused: nodes that a function computes from other values than they read.
+        skipped: nodes whose outputs nobody needs.
+    """
 
     graph: ir.Graph
     carriers: Carriers
     functions: Mapping[FunctionKey, onnx.FunctionProto]
     state: State
+    fused: Mapping[ir.Node, Fused] = field(default_factory=dict)
+    skipped: frozenset[ir.Node] = frozenset()
     unsupported: dict[str, list[str]] = field(default_factory=dict)
     tensors: dict[ir.Value, tuple[torch.Tensor, Packed | None]] = field(default_factory=dict)
 
@@ -77,7 +93,7 @@ class Compiler:
                 plain = external and source.dtype != ir.DataType.FLOAT4E2M1  # two of which share a byte
                 data = to_torch_tensor(_mapped(source) if plain else source.numpy(), source.dtype)
                 if source.dtype in FLOATS and data.dtype != self.carriers(source.dtype):
-                    data = data.to(self.carriers(source.dtype))
+                    data = narrowed(data, self.carriers(source.dtype))
                 self.tensors[value] = (data, None)
         return self.tensors[value]
 

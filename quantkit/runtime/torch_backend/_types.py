@@ -80,6 +80,19 @@ class Op:
     to_host: bool = False
 
 
+@dataclass(frozen=True)
+class Fused:
+    """One function in the place of several nodes.
+
+    Attributes:
+        values: what it reads, in order; None = absent.
+        run: (*values) -> the output of the node that it stands for.
+    """
+
+    values: tuple[ir.Value | None, ...]
+    run: Run
+
+
 Table = Mapping[tuple[str, int], Op]
 """(operator type, first opset version it is right for) -> how to convert it."""
 

@@ -19,7 +19,7 @@ from quantkit.runtime.torch_backend._compile import Compiled, compile_model
 from quantkit.runtime.torch_backend._dtypes import Carriers
 from quantkit.runtime.torch_backend._program import Placement
 from quantkit.runtime.torch_backend._scope import State
-from quantkit.runtime.torch_backend._types import Value
+from quantkit.runtime.torch_backend._types import Fused, Value
 
 OVERRIDABLE = 4
 """First IR version in which a caller may replace an initializer; before, all of them had to be inputs."""
@@ -112,6 +112,10 @@ class TorchModule(torch.nn.Module):
 
         return remove
 
+    def held_copies(self) -> tuple[torch.Tensor, ...]:
+        """Small host tensors on the devices that the module ran on, which a captured CUDA graph must keep alive."""
+        return tuple(tensor for placement in self._placements.values() for tensor in placement.held())
+
     def _slot(self, name: str) -> int:
         if name not in self._compiled.names:
             raise InputError(f"the main graph has no value {name!r}")
@@ -175,11 +179,27 @@ def to_torch(model: str | Path | onnx.ModelProto | ir.Model, *, dtype: torch.dty
     Raises:
         InputError: the model is broken, or has operators that no converter and no function body defines (all named).
     """
+    return compiled_module(open_graph(model), dtype)
+
+
+def open_graph(model: str | Path | onnx.ModelProto | ir.Model) -> ir.Model:
+    """The model as it is compiled, with its element types; a copy."""
     with quiet():
         opened, _, _ = open_model(model)
         if opened.ir_version < OVERRIDABLE:
             passes.RemoveInitializersFromInputsPass()(opened)
-        passes.ShapeInferencePass()(opened)
+        passes.ShapeInferencePass(data_prop=False)(opened)  # only types are needed; packed weights are no shapes
+    return opened
+
+
+def compiled_module(
+    opened: ir.Model,
+    dtype: torch.dtype | None,
+    fused: Mapping[ir.Node, Fused] | None = None,
+    skipped: frozenset[ir.Node] = frozenset(),
+) -> TorchModule:
+    """The module of an opened graph; see `compile_model`."""
+    with quiet():
         state = State()
-        compiled = compile_model(opened, Carriers(dtype), state)
+        compiled = compile_model(opened, Carriers(dtype), state, fused, skipped)
     return TorchModule(opened.graph, compiled, state)
