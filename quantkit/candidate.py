@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import numpy as np
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits
 
 from quantkit.calibration import accumulators
 from quantkit.calibration.accumulators import Distribution
 from quantkit.calibration.augment import Augmented, token_inputs
 from quantkit.calibration.data import CalibrationData
-from quantkit.costs.bops import macs
-from quantkit.costs.latency import LatencyCache, layer_cost
+from quantkit.costs.bops import macs, shapes_of
+from quantkit.costs.latency import LatencyCache
+from quantkit.costs.layers import LayerTimes
 from quantkit.divergence import Divergence
 from quantkit.evaluation import Evaluation
 from quantkit.forms import Chooser, Option, choose_forms, static_layers
@@ -27,9 +26,10 @@ from quantkit.graph.load import LoadedModel
 from quantkit.graph.regions import Regions, find_regions
 from quantkit.network import Network
 from quantkit.options import Options
+from quantkit.parallel import Task, quantize_all, quantize_one
 from quantkit.provenance import provenance_bytes
 from quantkit.report.progress import Progress, SilentProgress
-from quantkit.runtime.ort import Session, make_session, time_sessions
+from quantkit.runtime.ort import Session, make_session, time_sessions, undisturbed_clock
 from quantkit.runtime.probe import Probe
 from quantkit.sequential import Settings, quantize_sequentially
 from quantkit.types import (
@@ -68,7 +68,7 @@ class HeldOut:
 
     @property
     def samples(self) -> int:
-        return sum(max((len(array) for array in feed.values() if array.ndim), default=1) for feed in self.feeds)
+        return sum(map(samples_of, self.feeds))
 
 
 @dataclass(frozen=True)
@@ -101,23 +101,41 @@ class Context:
         stored = replace(spec, act_bits=None)
         key = (target.name, stored)
         if key not in self.weights:
-            stats = seen_by(self.quantizer, self.stats.get(target.name))
-            # Small products lose tenfold by threads, and one thread gives the same bits whatever the number of cores.
-            with threadpool_limits(limits=1):
-                made = self.quantizer.quantize(target.load(), stored, stats)
-            self.weights[key] = made
-            self.weights.setdefault((target.name, made.spec), made)  # asked for again with the widths that it chose
+            self._keep(key, quantize_one(self.quantizer, self._task(target, (stored,)))[0])
         return self.weights[key]
 
+    def quantize_many(self, wanted: Sequence[tuple[str, QuantSpec]]) -> None:
+        """Make what is missing of these (target, spec), several at a time; `quantize` then finds it."""
+        specs: dict[str, dict[QuantSpec, None]] = {}
+        for name, spec in wanted:
+            stored = replace(spec, act_bits=None)
+            if (name, stored) not in self.weights:
+                specs.setdefault(name, {})[stored] = None
+        tasks = [self._task(self.targets[name], tuple(missing)) for name, missing in specs.items()]
+        with self.progress.task("quantizing layers", total=len(tasks)) as advance:
+            for name, made in quantize_all(self.quantizer, tasks, self.options.workers):
+                for spec, weight in zip(specs[name], made, strict=True):
+                    self._keep((name, spec), weight)
+                advance(1)
+
+    def _task(self, target: Target, specs: tuple[QuantSpec, ...]) -> Task:
+        return Task(target.name, target.load(), seen_by(self.quantizer, self.stats.get(target.name)), specs)
+
+    def _keep(self, key: tuple[str, QuantSpec], made: QuantizedWeight) -> None:
+        self.weights[key] = made
+        self.weights.setdefault((key[0], made.spec), made)  # asked for again with the widths that it chose
+
     def cost(self, target: Target, spec: QuantSpec, form: str, rows: int) -> tuple[float, float]:
-        if spec.group_bits is not None:  # the kernel is that of the widest group
-            spec = replace(spec, bits=max(spec.group_bits), group_bits=None)
-        found = layer_cost(
-            target, spec, form, rows, cache=self.cache, runtime=self.options.target, threads=self.options.threads
-        )
-        # Layers are measured at a power of two of rows and answer for the rows that the data really has.
-        real = median_rows(self.stats.get(target.name)) / rows
-        return found.float_ms * real, found.form_ms * real
+        """(float ms, form ms) of a layer on the typical held-out feed."""
+        return self.times.cost(target, spec, form, rows)
+
+    @cached_property
+    def times(self) -> LayerTimes:
+        known = self.held_out is not None and self.calibration is not None
+        calibrated = self.calibration.samples if self.calibration is not None and known else None
+        samples = 1 if self.held_out is None else samples_of(typical_feed(self.held_out.feeds))
+        options = self.options
+        return LayerTimes(self.targets, self.stats, calibrated, samples, self.cache, options.target, options.threads)
 
     @cached_property
     def model_ms(self) -> float | None:
@@ -128,7 +146,8 @@ class Context:
         parts = {"model": self.loaded.digest, "shapes": _shapes(feed), "threads": self.options.threads}
         known = self.cache.get(parts)
         if known is None:
-            known = time_sessions([self.held_out.session], feed, seconds=TIMING_SECONDS)
+            clock = undisturbed_clock(self.options.threads)
+            known = time_sessions([self.held_out.session], feed, seconds=TIMING_SECONDS, clock=clock)
             known = self.cache.put(parts, known)
         return known[0]
 
@@ -148,7 +167,7 @@ class Context:
         return Network(
             Probe(model, self.targets, feeds, threads),
             Probe(model, self.targets, list(self.held_out.feeds), threads),
-            sum(macs(target, self.stats.get(name)) for name, target in self.targets.items()),
+            sum(macs(target, shapes_of(target, self.stats)) for target in self.targets.values()),
         )
 
 
@@ -182,18 +201,14 @@ class Candidate:
     asked: Mapping[str, QuantSpec] = field(default_factory=dict)
 
 
+def samples_of(feed: Feed) -> int:
+    return max((len(array) for array in feed.values() if array.ndim), default=1)
+
+
 def typical_feed(feeds: Sequence[Feed]) -> Feed:
     """The feed of median size: what a latency budget is about."""
     ordered = sorted(feeds, key=lambda feed: sum(value.size for value in feed.values()))
     return ordered[len(ordered) // 2]
-
-
-def median_rows(stats: LayerStats | None) -> float:
-    """Rows of one run of a matrix product: the median over the calibration batches."""
-    if stats is None or not stats.data_shapes:
-        return 1.0
-    rows = [math.prod(shape[:-1]) for shape, count in stats.data_shapes.items() for _ in range(count)]
-    return max(float(np.median(rows)), 1.0)
 
 
 def activation_params(
@@ -257,9 +272,13 @@ def build(
         stats=context.stats,
         quantize=context.quantize,
         cost=context.cost,
+        timed=max_latency is not None,
     )
+    context.quantize_many([(key, spec) for key in specs for _, spec in chooser.specs(targets[key], specs[key])])
     choices = {key: chooser.options(target, specs[key]) for key, target in targets.items()}
-    chosen = choose_forms(choices, model_ms=context.model_ms, max_latency=max_latency)
+    model_ms = context.model_ms
+    rest = 0.0 if max_latency is None or model_ms is None else context.times.rest_ms(model_ms, static)
+    chosen = choose_forms(choices, model_ms=model_ms, max_latency=max_latency, rest_ms=rest)
     return replace(assemble(context, chosen, regions, params, name, recipe), asked=dict(specs))
 
 
@@ -344,7 +363,10 @@ def measure(context: Context, candidate: Candidate) -> Measurement:
     else:
         drop = 1 - (found.cosine if found.top1_agreement is None else found.top1_agreement)
     loss = context.divergence.mean([context.held_out.outputs], [outputs])
-    return Measurement(candidate.size, found.sqnr, drop, relative_latency(context, candidate, session), loss)
+    latency = relative_latency(context, candidate, session)
+    if context.model_ms is not None:
+        context.times.remember(candidate.chosen, latency * context.model_ms)
+    return Measurement(candidate.size, found.sqnr, drop, latency, loss)
 
 
 def relative_latency(context: Context, candidate: Candidate, session: Session, *, check: bool = False) -> float:

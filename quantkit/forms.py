@@ -67,6 +67,7 @@ class Chooser:
         stats: target name -> calibration statistics.
         quantize: (target, spec) -> weight, remembered by the caller.
         cost: (target, spec, form, rows) -> (float ms, form ms).
+        timed: measure layers that have no choice of form, too: the whole model's time is asked for.
     """
 
     runtime: str
@@ -77,6 +78,7 @@ class Chooser:
     stats: Mapping[str, LayerStats]
     quantize: Callable[[Target, QuantSpec], QuantizedWeight]
     cost: Callable[[Target, QuantSpec, str, int], tuple[float, float]]
+    timed: bool = False
 
     def options(self, target: Target, asked: QuantSpec) -> list[Option]:
         """All forms that can hold the layer at this width; the most accurate first.
@@ -85,16 +87,23 @@ class Chooser:
             asked: its `bits`, stored as suits each form; where its groups have widths of their own, stored like that.
         """
         found = []
+        for form, spec in self.specs(target, asked):
+            # The quantizer may have widths of its own for the groups, which not every form holds.
+            spec = replace(spec, group_bits=self.quantize(target, spec).spec.group_bits)
+            if emitter(form).refuse(target, spec, self.runtime) is None:
+                found.append(self._option(target, spec, form))
+        return sorted(found, key=lambda option: option.noise)
+
+    def specs(self, target: Target, asked: QuantSpec) -> list[tuple[str, QuantSpec]]:
+        """(form, what it would store) of the forms that can hold the layer."""
+        found = []
         for form in self._forms(target):
             spec = self.spec(target, asked.bits, form)
             if asked.group_bits is not None:
                 spec = replace(asked, act_bits=spec.act_bits)
             if emitter(form).refuse(target, spec, self.runtime) is None:
-                # The quantizer may have widths of its own for the groups, which not every form holds.
-                spec = replace(spec, group_bits=self.quantize(target, spec).spec.group_bits)
-                if emitter(form).refuse(target, spec, self.runtime) is None:
-                    found.append(self._option(target, spec, form))
-        return sorted(found, key=lambda option: option.noise)
+                found.append((form, spec))
+        return found
 
     def _forms(self, target: Target) -> Sequence[str]:
         if target.name in self.static:
@@ -120,12 +129,19 @@ class Chooser:
         return QuantSpec(bits, group_size, symmetric=by_row and group_size == -1, act_bits=act_bits)
 
     def _option(self, target: Target, spec: QuantSpec, form: str) -> Option:
-        stats = self.stats.get(target.name)
         noise = self.noise(target, spec, form)
-        if form not in (*WEIGHT_ONLY_FORMS, *INTEGER_FORMS) or target.op not in ("MatMul", "Gemm"):
+        chosen = form in (*WEIGHT_ONLY_FORMS, *INTEGER_FORMS) and target.op in ("MatMul", "Gemm")
+        if not chosen and not self.timed:
             return Option(form, spec, noise, 0.0, 0.0)
-        float_ms, form_ms = self.cost(target, spec, form, typical_rows(stats))
+        float_ms, form_ms = self.cost(target, spec, form, typical_rows(self.stats.get(target.name)))
         return Option(form, spec, noise, form_ms, float_ms)
+
+    def milliseconds(self, target: Target, spec: QuantSpec | None) -> float:
+        """Of the layer in the fastest form that holds this width; None = in float."""
+        rows = typical_rows(self.stats.get(target.name))
+        forms = self.specs(target, spec or QuantSpec(8))
+        found = [self.cost(target, stored, form, rows) for form, stored in forms]
+        return min((pair[0 if spec is None else 1] for pair in found), default=0.0)
 
     def noise(self, target: Target, spec: QuantSpec, form: str) -> float:
         """||y_quantized - y||^2 / ||y||^2 on calibration rows, or of the weight when no rows were seen."""
@@ -208,7 +224,11 @@ def _nodes(target: Target) -> list[str]:
 
 
 def choose_forms(
-    options: Mapping[str, Sequence[Option]], *, model_ms: float | None, max_latency: float | None
+    options: Mapping[str, Sequence[Option]],
+    *,
+    model_ms: float | None,
+    max_latency: float | None,
+    rest_ms: float = 0.0,
 ) -> dict[str, Option]:
     """One option for each layer.
 
@@ -216,13 +236,14 @@ def choose_forms(
         options: target name -> its options, at least one each.
         model_ms: time of the float model at the measured shapes; None = not measured.
         max_latency: of the whole model relative to float.
+        rest_ms: what the model takes beside its float time and the changes of its layers.
     """
     names = list(options)
     noise = [[option.noise for option in options[name]] for name in names]
     times = [[_stepped(option) for option in options[name]] for name in names]
     if max_latency is not None and model_ms:
         reference = sum(options[name][0].float_ms for name in names)
-        bound = max_latency * model_ms - (model_ms - reference)
+        bound = max_latency * model_ms - (model_ms - reference) - rest_ms
         picked = choose(noise, [Limit(times, bound)])
         if picked is None:
             picked = [int(np.argmin(row)) for row in times]

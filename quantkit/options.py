@@ -38,6 +38,7 @@ class Options:
         cache: folder for measured latencies (None = the user's cache folder).
         memory_limit: bytes that calibration may hold at once.
         threads: onnxruntime threads for timing and calibration (0 = onnxruntime's choice).
+        workers: processes that quantize layers (0 = one for each core); results do not depend on it.
     """
 
     bits: tuple[int, ...] | None = None
@@ -57,6 +58,7 @@ class Options:
     cache: Path | None = None
     memory_limit: int = 160 << 20
     threads: int = 1
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.cache, str):
@@ -65,7 +67,7 @@ class Options:
             object.__setattr__(self, "bits", (self.bits,))
         if self.transform is not None and not isinstance(self.transform, str):
             raise InputError(f"transform must be none, auto or names such as cle,awq, got {self.transform!r}")
-        for name in ("seed", "threads", "memory_limit", "augment"):
+        for name in ("seed", "threads", "workers", "memory_limit", "augment"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputError(f"{name} must be a whole number, got {value!r}")
@@ -84,8 +86,9 @@ class Options:
             raise InputError(f"augment must be at least 0 and at most 100, got {self.augment}")
         if self.memory_limit < 1 << 20:
             raise InputError(f"memory limit must be at least 1MB, got {self.memory_limit} bytes")
-        if self.threads < 0:
-            raise InputError(f"threads must be 0 or more, got {self.threads}")
+        for name, count in (("threads", self.threads), ("workers", self.workers)):
+            if count < 0:
+                raise InputError(f"{name} must be 0 or more, got {count}")
 
 
 def make_options(values: Mapping[str, Any]) -> Options:

@@ -90,6 +90,7 @@ def make_problem(ledger: Ledger, budget: Budget, recipe: Recipe, fixed_size: int
         fixed_size=fixed_size,
         quantize=context.quantize,
         evaluate=evaluate,
+        quantize_many=context.quantize_many,
         file_size=file_size,
         units=find_units(targets),
         bops=lambda target, spec: bops(target, spec, context.stats.get(target.name)),

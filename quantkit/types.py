@@ -302,6 +302,7 @@ class AllocationProblem:
         float_size: bytes of the original model.
         fixed_size: bytes of the file that no decision changes.
         quantize: (target, spec) -> the quantized weight.
+        quantize_many: make many (target name, spec) at once, for `quantize` to find.
         evaluate: emit, run and score a whole assignment; the second argument, a name, is for the report.
         file_size: bytes of the file that an assignment really makes; None = estimates are all there is.
         units: name -> targets that share one decision, in graph order; empty = every target decides alone.
@@ -323,6 +324,7 @@ class AllocationProblem:
     fixed_size: int
     quantize: Callable[[Target, QuantSpec], QuantizedWeight]
     evaluate: Callable[..., Measurement]
+    quantize_many: Callable[[Sequence[tuple[str, QuantSpec]]], None] = lambda wanted: None
     file_size: Callable[[Mapping[str, QuantSpec]], int] | None = None
     units: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bops: Callable[[Target, QuantSpec | None], int] | None = None

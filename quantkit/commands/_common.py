@@ -57,6 +57,9 @@ def add_run(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--target", choices=RUNTIMES, help="what the file is for (default: ort-cpu)")
     group.add_argument("--threads", metavar="N", type=int, default=1, help="onnxruntime threads, 0 = all (default: 1)")
+    group.add_argument(
+        "--workers", metavar="N", type=int, default=0, help="processes for layers (default: 0 = all cores)"
+    )
     group.add_argument("--seed", metavar="N", type=int, help="of everything random (default: 0)")
     group.add_argument("--cache", metavar="DIR", help="folder for measured latencies")
     limit = f"{Options.memory_limit >> 20}MiB"
@@ -157,6 +160,7 @@ def run_options(args: Namespace) -> dict[str, Any]:
     return {
         **given,
         "threads": args.threads,
+        "workers": args.workers,
         "cache": cache,
         "memory_limit": parse_bytes(args.memory_limit, "--memory-limit"),
         "random_calibration": args.random_calibration,
@@ -165,10 +169,11 @@ def run_options(args: Namespace) -> dict[str, Any]:
 
 def check_run(args: Namespace) -> None:
     """Raises: InputError for --threads and --seed that nothing can run with."""
-    if args.threads < 0:
-        raise InputError(f"--threads must be 0 or more, got {args.threads}")
-    if args.threads > MOST_THREADS:
-        raise InputError(f"--threads must be at most {MOST_THREADS}, got {args.threads}")
+    for option, count in (("--threads", args.threads), ("--workers", getattr(args, "workers", 0))):
+        if count < 0:
+            raise InputError(f"{option} must be 0 or more, got {count}")
+        if count > MOST_THREADS:
+            raise InputError(f"{option} must be at most {MOST_THREADS}, got {count}")
     if (getattr(args, "seed", None) or 0) < 0:
         raise InputError(f"--seed must be 0 or more, got {args.seed}")
 
