@@ -290,6 +290,7 @@ def allocate_by(problem: AllocationProblem, name: str, estimator: Estimator) -> 
 def scored(problem: AllocationProblem, units: Sequence[Unit], name: str, estimator: Estimator) -> Scores:
     """The estimator's figures, found once in a run: no budget changes them."""
     if name not in problem.known:
+        problem.quantize_many([item for unit in units for option in unit.options for item in option.items()])
         problem.known[name] = estimator.scores(problem, units)
     found: Scores = problem.known[name]
     return found

@@ -9,6 +9,7 @@ H is the identity. Costs one product for each entry.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,16 +21,25 @@ from quantkit.types import AllocationProblem, Allocator, QuantSpec
 
 @dataclass(frozen=True)
 class Salience:
-    """Relative squared output errors, added up over the layers of a unit."""
+    """Relative squared output errors, added up over the layers of a unit.
+
+    Attributes:
+        share: multiply a layer's error by its share of all weights: what a large layer loses counts more.
+    """
+
+    share: bool = False
 
     stats: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def scores(self, problem: AllocationProblem, units: Sequence[Unit]) -> Scores:
         raw = {}
+        sizes = {name: math.prod(problem.targets[name].shape) for unit in units for name in unit.members}
+        weight = {name: size / sum(sizes.values()) if self.share else 1.0 for name, size in sizes.items()}
         with problem.progress.task("output errors of layers", total=len(units)) as advance:
             for unit in units:
                 raw[unit.name] = tuple(
-                    sum(_error(problem, name, spec) for name, spec in option.items()) for option in unit.options
+                    sum(weight[name] * relative_error(problem, name, spec) for name, spec in option.items())
+                    for option in unit.options
                 )
                 advance(1)
         return Scores(raw, "relative squared output error")
@@ -38,7 +48,8 @@ class Salience:
         return allocate_by(problem, "salience", self)
 
 
-def _error(problem: AllocationProblem, name: str, spec: QuantSpec) -> float:
+def relative_error(problem: AllocationProblem, name: str, spec: QuantSpec) -> float:
+    """tr(D H D^T) / tr(W H W^T) of one layer; tr(D H D^T) itself where the layer's output is zero."""
     target = problem.targets[name]
     weight = target.load()
     inputs = _salience.inputs_of(problem.stats.get(name), target.shape)

@@ -1,0 +1,400 @@
+"""Tables, budgets in bytes and the front: against enumeration on small problems."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from quantkit.allocators._ilp import total
+from quantkit.allocators._table import (
+    CAP,
+    Point,
+    Scores,
+    Unit,
+    allocate_by,
+    amounts,
+    choice_of,
+    code_bits,
+    front,
+    joined,
+    limits,
+    losses,
+    predicted,
+    sizes,
+    smallest_within_drop,
+    solve,
+    units_of,
+)
+from quantkit.budget import Budget
+from quantkit.types import AllocationProblem, Layout, Measurement, QuantSpec, Target, Use
+
+SHAPES = {"a": (32, 96), "b": (16, 32), "c": (48, 48), "d": (8, 64)}
+WEIGHTS = sum(rows * columns for rows, columns in SHAPES.values())
+WIDTHS = (2, 3, 4, 6, 8)
+FIXED = 777
+
+
+def target(name: str, shape: tuple[int, int]) -> Target:
+    data, weight = ir.val("x"), ir.val("w", const_value=ir.tensor(np.zeros(shape[::-1], np.float32)))
+    use = Use(ir.node("MatMul", [data, weight]), 1, 0)
+    return Target(name, "MatMul", (use,), weight, shape, 1, Layout(shape[::-1], shape[::-1], (1, 0)))
+
+
+def size(item: Target, spec: QuantSpec) -> int:
+    """Odd on purpose: no multiple of anything."""
+    return item.shape[0] * item.shape[1] * spec.bits // 8 + 13
+
+
+def refuse(*_: object) -> Any:
+    raise AssertionError("not to be asked for")
+
+
+def make(budget: Budget, *, widths: Mapping[str, Sequence[int]] | None = None, **changes: Any) -> AllocationProblem:
+    bits = widths or dict.fromkeys(SHAPES, WIDTHS)
+    fields: dict[str, Any] = {
+        "targets": {name: target(name, shape) for name, shape in SHAPES.items()},
+        "stats": {},
+        "candidates": {name: tuple(QuantSpec(width, 16) for width in reversed(bits[name])) for name in bits},
+        "budget": budget,
+        "size": size,
+        "float_size": 4 * WEIGHTS + FIXED,
+        "fixed_size": FIXED,
+        "quantize": refuse,
+        "evaluate": refuse,
+    }
+    return AllocationProblem(**{**fields, **changes})
+
+
+def table_of(units: Sequence[Unit], seed: int = 0) -> dict[str, tuple[float, ...]]:
+    """Losses that fall about fourfold with each bit, of very different layers."""
+    rng = np.random.default_rng([seed, 5])
+    return {
+        unit.name: tuple(
+            float(10 ** rng.uniform(-3, 2) * 4.0 ** -unit.bits(option) * rng.uniform(0.8, 1.2))
+            for option in range(len(unit.options))
+        )
+        for unit in units
+    }
+
+
+class Fixed:
+    """An estimator that knows its table and how often it was asked."""
+
+    def __init__(self, *, nats: bool = True, seed: int = 0) -> None:
+        self.nats, self.seed, self.asked = nats, seed, 0
+
+    def scores(self, problem: AllocationProblem, units: Sequence[Unit]) -> Scores:
+        self.asked += 1
+        return Scores(table_of(units, self.seed), "made up", nats=self.nats, notes=("a note",))
+
+
+def every_choice(units: Sequence[Unit]) -> list[tuple[int, ...]]:
+    return list(itertools.product(*(range(len(unit.options)) for unit in units)))
+
+
+# --- Units
+
+
+def test_every_target_is_a_unit_with_its_widths_from_narrow_to_wide() -> None:
+    units = units_of(make(Budget()))
+    assert [unit.name for unit in units] == list(SHAPES) and [unit.members for unit in units] == [(n,) for n in SHAPES]
+    for unit in units:
+        assert [unit.bits(option) for option in range(len(unit.options))] == list(WIDTHS)
+        assert unit.options[0] == {unit.name: QuantSpec(2, 16)}
+
+
+def test_members_share_an_option_for_every_width_that_one_of_them_has() -> None:
+    widths = {"a": (2, 4, 8), "b": (3, 4), "c": (4,), "d": ()}
+    units = units_of(make(Budget(), widths=widths, units={"a": ("a", "b"), "c": ("c",), "d": ("d",)}))
+    assert [(unit.name, unit.members) for unit in units] == [("a", ("a", "b")), ("c", ("c",))]  # d stays float
+    bits = [{name: spec.bits for name, spec in option.items()} for option in units[0].options]
+    # The narrowest of at least this width, else the widest; 3 bits of a are 4.
+    assert bits == [{"a": 2, "b": 3}, {"a": 4, "b": 3}, {"a": 4, "b": 4}, {"a": 8, "b": 4}]
+
+
+def test_a_member_without_widths_is_left_out_of_its_unit() -> None:
+    widths = {"a": (), "b": (3, 4), "c": (4,), "d": (2,)}
+    units = units_of(make(Budget(), widths=widths, units={"a": ("a", "b"), "c": ("c", "d")}))
+    assert [(unit.name, unit.members) for unit in units] == [("b", ("b",)), ("c", ("c", "d"))]
+
+
+def test_options_that_are_equal_are_one() -> None:
+    units = units_of(make(Budget(), widths={"a": (8,), "b": (2, 8), "c": (8,), "d": (8,)}, units={"a": ("a", "b")}))
+    assert [{n: s.bits for n, s in option.items()} for option in units[0].options] == [
+        {"a": 8, "b": 2},
+        {"a": 8, "b": 8},
+    ]
+
+
+def test_a_choice_and_its_specs_tell_each_other() -> None:
+    units = units_of(make(Budget(), units={"a": ("a", "c"), "b": ("b",), "d": ("d",)}))
+    for choice in every_choice(units):
+        specs = joined(units, choice)
+        assert set(specs) == set(SHAPES) and specs["a"] == specs["c"]
+        assert choice_of(units, specs) == list(choice)
+    assert choice_of(units, {**joined(units, (0, 0, 0)), "c": QuantSpec(8, 16)}) is None
+    assert choice_of(units, {**joined(units, (0, 0, 0)), "b": QuantSpec(5, 16)}) is None
+    assert choice_of(units, {"a": QuantSpec(2, 16)}) is None
+
+
+# --- Losses
+
+
+def test_what_is_not_finite_counts_as_twice_the_largest_loss() -> None:
+    units = units_of(make(Budget(), widths={"a": (2, 4), "b": (2, 4), "c": (2, 4), "d": (2, 4)}))
+    raw = {"a": (math.inf, 0.5), "b": (math.nan, 3.0), "c": (-0.25, 1.0), "d": (-math.inf, 0.0)}
+    assert losses(units, raw) == [[CAP * 3.0, 0.5], [CAP * 3.0, 3.0], [0.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_table_without_finite_losses_still_orders_nothing() -> None:
+    units = units_of(make(Budget(), widths={"a": (2, 4), "b": (2, 4), "c": (), "d": ()}))
+    assert losses(units, {"a": (math.inf, 0.0), "b": (math.inf, math.inf)}) == [[1.0, 0.0], [1.0, 1.0]]
+
+
+def test_totals_of_choices() -> None:
+    found = predicted([[1.0, 2.0], [10.0, 20.0]], [(0, 0), (1, 0), (1, 1)])
+    np.testing.assert_array_equal(found, [11.0, 12.0, 22.0])
+
+
+# --- Budgets
+
+
+def test_amounts_add_up_over_members() -> None:
+    made = make(Budget(), units={"a": ("a", "c"), "b": ("b",), "d": ("d",)})
+    units = units_of(made)
+    assert sizes(made, units)[0] == [
+        size(made.targets["a"], QuantSpec(bits)) + size(made.targets["c"], QuantSpec(bits)) for bits in WIDTHS
+    ]
+    assert code_bits(made, units)[0] == [bits * (32 * 96 + 48 * 48) for bits in WIDTHS]
+    assert amounts(units, lambda name, spec: 1.0) == [[2.0] * 5, [1.0] * 5, [1.0] * 5]
+
+
+def bops(item: Target, spec: QuantSpec | None) -> int:
+    return item.shape[0] * item.shape[1] * 10 * (32 * 32 if spec is None else 32 * spec.bits)
+
+
+def milliseconds(item: Target, spec: QuantSpec | None) -> float:
+    return item.shape[0] * item.shape[1] / 1000 * (1.0 if spec is None else spec.bits / 16)
+
+
+BUDGETS: dict[str, tuple[Budget, Callable[[AllocationProblem, Mapping[str, QuantSpec]], bool]]] = {
+    "average": (
+        Budget(avg_bits=3.7),
+        lambda made, specs: sum(spec.bits * math.prod(SHAPES[name]) for name, spec in specs.items()) <= 3.7 * WEIGHTS,
+    ),
+    "bytes": (Budget(max_size=4001), lambda made, specs: FIXED + file_bytes(made, specs) <= 4001),
+    "share": (
+        Budget(max_size=Fraction(1, 7)),
+        lambda made, specs: FIXED + file_bytes(made, specs) <= made.float_size // 7,
+    ),
+    "operations": (
+        Budget(max_bops=Fraction(1, 9)),
+        lambda made, specs: sum(bops(made.targets[n], s) for n, s in specs.items()) <= WEIGHTS * 10 * 1024 / 9,
+    ),
+    "latency": (
+        Budget(max_latency=0.6),
+        lambda made, specs: (
+            (made.model_ms or 0) - WEIGHTS / 1000 + sum(milliseconds(made.targets[n], s) for n, s in specs.items())
+            <= 0.6 * (made.model_ms or 0) * (1 + 1e-9)
+        ),
+    ),
+}
+BUDGETS["all"] = (
+    Budget(3.7, 4001, max_bops=Fraction(1, 8), max_latency=0.65),
+    lambda made, specs: (
+        BUDGETS["average"][1](made, specs)
+        and BUDGETS["bytes"][1](made, specs)
+        and sum(bops(made.targets[n], s) for n, s in specs.items()) <= WEIGHTS * 10 * 1024 / 8
+        and (made.model_ms or 0) - WEIGHTS / 1000 + sum(milliseconds(made.targets[n], s) for n, s in specs.items())
+        <= 0.65 * (made.model_ms or 0) * (1 + 1e-9)
+    ),
+)
+
+
+def file_bytes(made: AllocationProblem, specs: Mapping[str, QuantSpec]) -> int:
+    return sum(size(made.targets[name], spec) for name, spec in specs.items())
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_choice_within_every_budget(name: str, seed: int) -> None:
+    budget, keeps = BUDGETS[name]
+    made = make(budget, bops=bops, milliseconds=milliseconds, model_ms=WEIGHTS / 1000 * 1.5)
+    units = units_of(made)
+    table = losses(units, table_of(units, seed))
+    assert len(limits(made, units)) == (4 if name == "all" else 1)
+    found = solve(made, units, table)
+    assert keeps(made, joined(units, found))
+    allowed = [choice for choice in every_choice(units) if keeps(made, joined(units, choice))]
+    assert 1 < len(allowed) < 5**4
+    best = min(total(table, choice) for choice in allowed)
+    assert total(table, found) == pytest.approx(best, rel=1e-9)
+
+
+def test_what_was_not_measured_limits_nothing() -> None:
+    made = make(Budget(max_latency=0.5, max_bops=Fraction(1, 9)))
+    assert limits(made, units_of(made)) == []
+    assert limits(replace(made, milliseconds=milliseconds), units_of(made)) == []  # no time of the model
+
+
+def test_where_nothing_fits_everything_is_narrow() -> None:
+    made = make(Budget(max_size=1000))
+    units = units_of(made)
+    assert solve(made, units, losses(units, table_of(units))) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("overhead", [40, 200])
+def test_the_real_file_is_what_has_to_fit(overhead: int) -> None:
+    """Every further width in a file brings nodes that the estimates do not know."""
+    asked: list[int] = []
+
+    def file_size(specs: Mapping[str, QuantSpec]) -> int:
+        asked.append(FIXED + file_bytes(made, specs) + overhead * len({spec.bits for spec in specs.values()}))
+        return asked[-1]
+
+    units = units_of(make(Budget()))
+    table = losses(units, table_of(units, 1))
+    plain = make(Budget(max_size=4400))
+    limit = FIXED + file_bytes(plain, joined(units, solve(plain, units, table))) + 10
+    made = make(Budget(max_size=limit), file_size=file_size)
+    found = solve(made, units, table)
+    assert len(asked) < 15 and asked[0] > limit  # the first estimate was too small
+    assert file_size(joined(units, found)) <= limit
+    # And it is far from giving up.
+    assert total(table, found) < total(table, [0, 0, 0, 0]) / 2
+
+
+# --- The front
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_front_is_monotone_and_ends_at_the_best_choice(seed: int) -> None:
+    made = make(Budget(avg_bits=5))
+    units = units_of(made)
+    table = losses(units, table_of(units, seed))
+    points = front(made, units, table)
+    assert len(points) >= 5
+    for before, after in itertools.pairwise(points):
+        assert before.size < after.size and before.loss > after.loss
+    for point in points:
+        choice = choice_of(units, point.specs)
+        assert choice is not None
+        assert point.size == FIXED + file_bytes(made, point.specs)
+        assert point.loss == pytest.approx(total(table, choice), rel=1e-12)
+        bits = sum(spec.bits * math.prod(SHAPES[name]) for name, spec in point.specs.items())
+        assert point.average_bits == pytest.approx(bits / WEIGHTS) and point.average_bits <= 5
+    assert {spec.bits for spec in points[0].specs.values()} == {2}
+    assert points[-1].specs == joined(units, solve(made, units, table))
+    # None of all choices is smaller and better than a point.
+    for choice in every_choice(units):
+        bytes_, loss = FIXED + file_bytes(made, joined(units, choice)), total(table, choice)
+        if bits_of(joined(units, choice)) <= 5:
+            assert not any(bytes_ <= point.size and loss < point.loss * (1 - 1e-9) for point in points)
+
+
+def bits_of(specs: Mapping[str, QuantSpec]) -> float:
+    return sum(spec.bits * math.prod(SHAPES[name]) for name, spec in specs.items()) / WEIGHTS
+
+
+# --- Accuracy
+
+
+def points(count: int) -> list[Point]:
+    return [Point(100 + 10 * place, 2.0, 1.0 / (place + 1), {"a": QuantSpec(8, place + 1)}) for place in range(count)]
+
+
+def dropping(drops: Sequence[float], limit: float) -> tuple[AllocationProblem, list[int]]:
+    """Point i loses drops[i]; which points were measured, in order."""
+    asked: list[int] = []
+
+    def evaluate(specs: Mapping[str, QuantSpec], name: str = "") -> Measurement:
+        asked.append(specs["a"].group_size - 1)
+        return Measurement(0, 0.0, drops[asked[-1]], 1.0)
+
+    return make(Budget(max_drop=limit), evaluate=evaluate), asked
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 24])
+def test_the_smallest_point_that_keeps_the_accuracy(count: int) -> None:
+    front_ = points(count)
+    for first in range(count + 1):
+        made, asked = dropping([0.5 if place < first else 0.001 for place in range(count)], 0.01)
+        found = smallest_within_drop(made, front_, {"none": QuantSpec(8)})
+        assert found == ({"none": QuantSpec(8)} if first == count else front_[first].specs)
+        assert len(asked) == len(set(asked)) <= math.ceil(math.log2(count + 1)) + 2
+
+
+def test_the_bound_itself_is_kept() -> None:
+    made, _ = dropping([0.02, 0.01, 0.0], 0.01)
+    assert smallest_within_drop(made, points(3), {}) == points(3)[1].specs
+
+
+def test_a_smaller_neighbour_that_keeps_it_too_is_found() -> None:
+    """The drop is not monotone: the second point is better than the third and the fourth."""
+    made, asked = dropping([0.5, 0.5, 0.5, 0.002, 0.02, 0.002, 0.001, 0.001], 0.01)
+    assert smallest_within_drop(made, points(8), {}) == points(8)[3].specs
+    assert len(asked) <= 6
+
+
+def test_an_empty_front_falls_back() -> None:
+    made, asked = dropping([], 0.01)
+    assert smallest_within_drop(made, [], {"a": QuantSpec(3)}) == {"a": QuantSpec(3)} and asked == []
+
+
+# --- All of it
+
+
+def test_without_a_budget_everything_is_wide_and_nothing_is_estimated() -> None:
+    estimator = Fixed()
+    found = allocate_by(make(Budget()), "made", estimator)
+    assert {spec.bits for spec in found.values()} == {8} and set(found) == set(SHAPES) and len(found) == 4
+    assert estimator.asked == 0 and found.scores == {} and found.front == () and found.predicted is None
+
+
+def test_without_candidates_nothing_is_allocated() -> None:
+    found = allocate_by(make(Budget(avg_bits=4), widths=dict.fromkeys(SHAPES, ())), "made", Fixed())
+    assert dict(found) == {}
+
+
+@pytest.mark.parametrize("nats", [True, False])
+def test_the_reasons_come_with_the_choice(nats: bool) -> None:
+    made = make(Budget(avg_bits=4))
+    found = allocate_by(made, "made", Fixed(nats=nats))
+    units = units_of(made)
+    table = losses(units, table_of(units))
+    assert dict(found) == joined(units, solve(made, units, table)) == dict(found.front[-1].specs)
+    assert found.units == units and found.notes == ("a note",) and found.scores["made"].raw == table_of(units)
+    choice = choice_of(units, found)
+    assert choice is not None
+    assert found.predicted == (pytest.approx(total(table, choice)) if nats else None)
+
+
+def test_a_table_is_made_once_for_all_budgets_of_a_run() -> None:
+    estimator = Fixed()
+    known: dict[str, Any] = {}
+    first = allocate_by(make(Budget(avg_bits=4), known=known), "made", estimator)
+    second = allocate_by(make(Budget(avg_bits=3), known=known), "made", estimator)
+    assert estimator.asked == 1 and set(known) == {"made"}
+    assert bits_of(second) < bits_of(first) <= 4
+
+
+def test_an_accuracy_is_kept_by_measuring_points_of_the_front() -> None:
+    asked: list[Mapping[str, QuantSpec]] = []
+
+    def evaluate(specs: Mapping[str, QuantSpec], name: str = "") -> Measurement:
+        asked.append(specs)
+        return Measurement(0, 0.0, 0.05 if bits_of(specs) < 4.4 else 0.002, 1.0)
+
+    made = make(Budget(avg_bits=6, max_drop=0.01), evaluate=evaluate)
+    found = allocate_by(made, "made", Fixed())
+    averages = [point.average_bits for point in found.front]
+    assert bits_of(found) == pytest.approx(min(average for average in averages if average >= 4.4))
+    assert 1 <= len(asked) <= math.ceil(math.log2(len(averages) + 1)) + 2
