@@ -53,7 +53,9 @@ from quantkit.types import Allocator, Array, Feed, QuantSpec
 from quantkit.verify import run_all
 
 BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
-ALLOCATORS = ("uniform", "measured", "quadratic", "hawq", "fisher", "salience", "linearity", "slim", "auto")
+ALLOCATORS = (
+    *("uniform", "measured", "interlayer", "quadratic", "hawq", "fisher", "salience", "linearity", "slim", "auto"),
+)
 ESTIMATORS = ("measured", "quadratic", "hawq", "fisher", "salience", "linearity")
 TRIES = 60
 TRUTH_SAMPLES = 256

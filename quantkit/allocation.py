@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quantkit.allocators._table import Allocation
+from quantkit.allocators._table import Allocation, impossible
 from quantkit.budget import Budget
 from quantkit.candidate import CALIBRATION_METHODS, Candidate, Context, Recipe, assemble, bias_shifts, build
 from quantkit.costs.size import layer_bytes
@@ -52,6 +52,8 @@ def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
         recipe = Recipe(_calibrator(context, ledger))
     with progress.task("allocating bits"):
         candidate, allocation = _allocated(budget, recipe, ledger)
+        sentences = impossible(make_problem(ledger, budget, recipe, _fixed_size(context, candidate)))
+        allocation = replace(allocation, notes=(*allocation.notes, *sentences))
         candidate, recipe = _corrected(budget, recipe, candidate, ledger)
         candidate = _within_latency(budget, recipe, candidate, ledger)
     candidate, recipe = _sequenced(recipe, candidate, ledger)
@@ -83,8 +85,7 @@ def _allocated(budget: Budget, recipe: Recipe, ledger: Ledger) -> tuple[Candidat
     uniform, allocation = _within_size(budget, recipe, "uniform", ledger)
     if name == "uniform":
         return uniform, allocation
-    fixed = uniform.size - sum(layer_bytes(context.targets[key], spec) for key, spec in uniform.asked.items())
-    candidate, allocation = _within_size(budget, recipe, name, ledger, fixed_size=max(fixed, 0))
+    candidate, allocation = _within_size(budget, recipe, name, ledger, fixed_size=_fixed_size(context, uniform))
     if context.held_out is None or candidate is uniform:
         return candidate, allocation
     limit = budget.max_bytes(context.loaded.size)
@@ -94,6 +95,13 @@ def _allocated(budget: Budget, recipe: Recipe, ledger: Ledger) -> tuple[Candidat
         return min(kept, key=lambda item: item.size, default=candidate), allocation
     fits = limit is None or uniform.size <= max(limit, candidate.size)
     return uniform if fits and theirs.loss < ours.loss else candidate, allocation
+
+
+def _fixed_size(context: Context, candidate: Candidate) -> int:
+    """Bytes of the file beside its layers."""
+    return max(
+        candidate.size - sum(layer_bytes(context.targets[key], spec) for key, spec in candidate.asked.items()), 0
+    )
 
 
 def _within_size(

@@ -56,7 +56,8 @@ class Divergence:
         found = {}
         for name, values in joined.items():
             if np.issubdtype(values.dtype, np.floating):
-                kind = _kind(values)
+                shapes = {np.shape(batch[name])[1:] for batch in batches}
+                kind = _kind(values) if len(shapes) == 1 else "values"  # lengths differ: no axis of classes
                 energy = float(np.square(np.nan_to_num(values), dtype=np.float64).sum()) / max(samples, 1)
                 found[name] = Output(kind, energy or 1.0)
         return cls(found)

@@ -89,6 +89,14 @@ def test_bit_operations_are_counted_and_kept(allocator: str) -> None:
     assert any("bit operations exceed the budget of" in sentence for sentence in weights_only.unmet)
 
 
+def test_a_budget_that_cannot_be_met_says_what_could(tmp_path: Path) -> None:
+    report = quantkit.compress(models.cnn(), budget=quantkit.Budget(max_size=2000)).report
+    assert any("--max-size 2000 bytes cannot be met: the smallest possible is" in note for note in report.notes)
+    assert report.unmet and report.average_bits == 2
+    met = quantkit.compress(models.cnn(), budget=quantkit.Budget(avg_bits=4)).report
+    assert not any("cannot be met" in note for note in met.notes)
+
+
 def test_a_doubtful_time_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(tmp_path)
     assert cache.put({"a": 1}, [1.0, 3.0]) == [1.0, 3.0]

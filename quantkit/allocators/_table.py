@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from quantkit.allocators._ilp import Limit, choose, total
+from quantkit.allocators._ilp import Label, Limit, choose, infeasible, total
 from quantkit.types import AllocationProblem, Array, FloatArray, QuantSpec
 
 CAP = 2.0
@@ -178,26 +178,41 @@ def amounts(units: Sequence[Unit], cost: Callable[[str, QuantSpec], float]) -> l
 
 def limits(problem: AllocationProblem, units: Sequence[Unit]) -> list[Limit]:
     """Every budget of the problem that is linear in the choice; `max_drop` is not."""
+    return [limit for limit, _ in _labelled(problem, units)]
+
+
+def impossible(problem: AllocationProblem) -> tuple[str, ...]:
+    """A sentence on budgets that no choice meets, and what would have to be; none where all can be met."""
+    found = _labelled(problem, units_of(problem))
+    sentence = infeasible([limit for limit, _ in found], [label for _, label in found]) if found else None
+    return () if sentence is None else (sentence,)
+
+
+def _labelled(problem: AllocationProblem, units: Sequence[Unit]) -> list[tuple[Limit, Label]]:
     budget, targets = problem.budget, problem.targets
     names = [name for unit in units for name in unit.members]
     found = []
     if budget.avg_bits is not None:
         weights = sum(math.prod(targets[name].shape) for name in names)
-        found.append(Limit(code_bits(problem, units), budget.avg_bits * weights))
+        bits = Limit(code_bits(problem, units), budget.avg_bits * weights)
+        found.append((bits, Label("--avg-bits", per=weights)))
     size = budget.max_bytes(problem.float_size)
     if size is not None:
-        found.append(Limit(sizes(problem, units), size - problem.fixed_size))
+        label = Label("--max-size", " bytes", fixed=problem.fixed_size)
+        found.append((Limit(sizes(problem, units), size - problem.fixed_size), label))
     if budget.max_bops is not None and problem.bops is not None:
         count = problem.bops
         whole = sum(count(targets[name], None) for name in names)
         limit = budget.max_bit_operations(whole)
         assert limit is not None
-        found.append(Limit(amounts(units, lambda name, spec: count(targets[name], spec)), limit))
+        operations = Limit(amounts(units, lambda name, spec: count(targets[name], spec)), limit)
+        found.append((operations, Label("--max-bops")))
     if budget.max_latency is not None and problem.milliseconds is not None and problem.model_ms:
-        time = problem.milliseconds
-        rest = problem.model_ms - sum(time(targets[name], None) for name in names)
-        bound = budget.max_latency * problem.model_ms - rest
-        found.append(Limit(amounts(units, lambda name, spec: time(targets[name], spec)), bound))
+        time, whole_ms = problem.milliseconds, problem.model_ms
+        rest = whole_ms - sum(time(targets[name], None) for name in names)
+        bound = budget.max_latency * whole_ms - rest
+        times = Limit(amounts(units, lambda name, spec: time(targets[name], spec)), bound)
+        found.append((times, Label("--max-latency", "x", fixed=rest, per=whole_ms)))
     return found
 
 

@@ -1,6 +1,7 @@
 """The default: let measurements choose the estimator, then let measurements choose the plan.
 
-1. Estimators fill their tables: single-unit divergences where affordable, and figures that cost next to nothing.
+1. Estimators fill their tables: single-unit divergences where affordable, else output gradients where torch is
+   installed, and figures that cost next to nothing.
 2. Random assignments near the budget are tried; the estimator that predicts them best, each left out in turn, is
    believed. How far losses add up is a property of the network, and this shows it.
 3. A few plans are emitted and measured in their runtime: one width everywhere, one width with first and last layer at 8
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from quantkit.allocators._ilp import total
+from quantkit.allocators._inputs import has_torch
 from quantkit.allocators._judge import Verdict, assignments, judge, true_losses
 from quantkit.allocators._table import (
     Allocation,
@@ -32,6 +34,7 @@ from quantkit.allocators._table import (
     solve,
     units_of,
 )
+from quantkit.allocators.fisher import Fisher
 from quantkit.allocators.measured import Measured
 from quantkit.allocators.salience import Salience
 from quantkit.allocators.uniform import DEFAULT_BITS, Uniform
@@ -97,6 +100,8 @@ class Auto:
         samples = sum(len(next(iter(feed.values()))) for feed in problem.network.calibration.feeds)
         if problem.network.macs * samples * entries / 2 <= self.affordable:
             found["measured"] = Measured()
+        elif has_torch():
+            found["fisher"] = Fisher()
         return found
 
     def _verdicts(

@@ -1,15 +1,17 @@
 """Which layers share one decision: matrix products that read the same value.
 
 Query, key and value projections, and the gate and up projections of a gated block, read one activation; runtimes fuse
-them, and one width for all of them keeps that possible. A weight that several nodes read is one target already. Layers
-of an integer region need no common width: activations there have 8 bits whatever the weights have.
+them, and one width for all of them keeps that possible. A weight that several nodes read is one target already.
+
+What need not be tied, given what is emitted: layers of an integer region, on either side of an Add or a Concat too,
+because activations there have 8 bits whatever the weights have, and weights are widened to int8; convolutions that read
+one value, because no runtime fuses them; and the two weights W and R of an LSTM, which are stored apart and computed
+with in float.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import onnx_ir as ir
 
 from quantkit.types import Target
 
@@ -25,8 +27,11 @@ def find_units(targets: Mapping[str, Target]) -> dict[str, tuple[str, ...]]:
 
 
 def _key(name: str, target: Target) -> object:
-    """Equal for targets that belong together: products of one graph that read the same values."""
+    """Equal for targets that belong together: products of one graph that read the same values in the same way."""
     if target.op not in PRODUCTS:
         return name
-    values: tuple[ir.Value, ...] = tuple(use.data for use in target.uses)
-    return ("reads", *(id(value) for value in values))
+    # A transposed Gemm reads other rows, and so does a product of another K.
+    attributes = target.node.attributes
+    transposed = "transA" in attributes and bool(attributes["transA"].as_int())
+    values = frozenset((id(use.data), id(use.node.graph)) for use in target.uses)
+    return (transposed, target.shape[1], values)

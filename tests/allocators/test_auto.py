@@ -13,6 +13,7 @@ import pytest
 from quantkit.allocators._judge import assignments, judge
 from quantkit.allocators._table import Allocation, Scores, joined, limits, units_of
 from quantkit.allocators.auto import METHOD, Auto
+from quantkit.allocators.measured import Measured
 from quantkit.allocators.uniform import Uniform
 from quantkit.budget import Budget
 from quantkit.errors import InputError
@@ -142,6 +143,19 @@ def test_an_accuracy_is_kept_by_the_smallest_point_of_the_front() -> None:
     assert all(evaluator(point.specs).drop > 1e-3 for point in smaller[-2:])
     assert [point.size for point in found.front] == sorted(point.size for point in found.front)
     assert [point.loss for point in found.front] == sorted((point.loss for point in found.front), reverse=True)
+
+
+@pytest.fixture(autouse=True)
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up network here has no gradients."""
+    monkeypatch.setattr("quantkit.allocators.auto.has_torch", lambda: False)
+
+
+def test_gradients_stand_in_where_measuring_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.allocators.auto.has_torch", lambda: True)
+    monkeypatch.setattr("quantkit.allocators.auto.Fisher", Measured)
+    found = Auto(affordable=1.0).allocate(ready(Budget(avg_bits=4))[0])
+    assert set(found.scores) == {"salience", "fisher"}
 
 
 def test_tables_that_cost_too_much_are_not_made() -> None:
