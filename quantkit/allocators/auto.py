@@ -1,7 +1,7 @@
 """The default: let measurements choose the estimator, then let measurements choose the plan.
 
-1. Estimators fill their tables: single-unit divergences where affordable, else output gradients where torch is
-   installed, and figures that cost next to nothing.
+1. Estimators fill their tables: single-unit divergences where affordable, measured one by one and as a line through
+   several sizes of error; else output gradients where torch is installed; and figures that cost next to nothing.
 2. Random assignments near the budget are tried; the estimator that predicts them best, each left out in turn, is
    believed. How far losses add up is a property of the network, and this shows it.
 3. A few plans are emitted and measured in their runtime: one width everywhere, one width with first and last layer at 8
@@ -35,6 +35,7 @@ from quantkit.allocators._table import (
     units_of,
 )
 from quantkit.allocators.fisher import Fisher
+from quantkit.allocators.linearity import Linearity
 from quantkit.allocators.measured import Measured
 from quantkit.allocators.salience import Salience
 from quantkit.allocators.uniform import DEFAULT_BITS, Uniform
@@ -53,8 +54,9 @@ class Auto:
         assignments: random assignments that are tried to judge estimators.
         affordable: multiplications that a table of single-unit divergences may take; beyond, it is not made.
         contenders: estimators whose answers are emitted and measured.
-        margin: a plan has to lose this share less than the one by the most trusted estimator to take its place: few
-            held-out samples tell small differences by chance. Uniform only has to lose less.
+        margin: a plan has to lose this share less than the one by the most trusted estimator to take its place, and an
+            estimator to err this share less than a more trusted one: few held-out samples tell small differences by
+            chance. Uniform only has to lose less.
     """
 
     assignments: int = 24
@@ -76,12 +78,12 @@ class Auto:
         units = units_of(problem)
         if problem.network is None or not units or _nothing_to_choose(problem, units):
             return Allocation(Uniform().allocate(problem), units)
-        scores = {
-            name: scored(problem, units, name, estimator)
-            for name, estimator in self._estimators(problem, units).items()
-        }
+        asked = self._estimators(problem, units)
+        scores = {name: scored(problem, units, name, estimator) for name, estimator in asked.items()}
         verdicts = self._verdicts(problem, units, scores)
-        ranking = sorted(verdicts, key=lambda name: verdicts[name].error)
+        # Few assignments tell estimators apart by chance too: where they hardly differ, the usual order holds.
+        doubt = {name: 1 + self.margin * place for place, name in enumerate(asked)}
+        ranking = sorted(verdicts, key=lambda name: verdicts[name].error * doubt[name])
         tables = {name: losses(units, scores[name].raw) for name in ranking}
         best = ranking[0]
         points = front(problem, units, tables[best])
@@ -94,15 +96,15 @@ class Auto:
         return Allocation(chosen, units, {name: scores[name] for name in ranking}, loss, points, notes)
 
     def _estimators(self, problem: AllocationProblem, units: Sequence[Unit]) -> dict[str, Estimator]:
+        """The most trusted first: a line through several sizes of error is less noisy than one measurement each."""
         assert problem.network is not None
-        found: dict[str, Estimator] = {"salience": Salience()}
         entries = sum(len(unit.options) for unit in units)
         samples = sum(len(next(iter(feed.values()))) for feed in problem.network.calibration.feeds)
         if problem.network.macs * samples * entries / 2 <= self.affordable:
-            found["measured"] = Measured()
-        elif has_torch():
-            found["fisher"] = Fisher()
-        return found
+            return {"linearity": Linearity(), "measured": Measured(), "salience": Salience()}
+        if has_torch():
+            return {"fisher": Fisher(), "salience": Salience()}
+        return {"salience": Salience()}
 
     def _verdicts(
         self, problem: AllocationProblem, units: Sequence[Unit], scores: Mapping[str, Scores]

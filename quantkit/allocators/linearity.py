@@ -5,6 +5,9 @@
 The theorem holds for small errors whose direction is random, as after a rotation. Ordinary rounding has a direction
 of its own, and alpha from Gaussian noise then misranks layers; so it is fitted with the error that one width really
 makes, scaled down. Costs one forward pass for each theta and unit, whatever the number of widths.
+
+At an average of 4 bits, slopes fitted with 3 bits rank random assignments best: Spearman 0.93 on ResNet-20 (4 bits:
+0.79, `measured`: 0.93) and 0.94 on SqueezeNet (4 bits: 0.91).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Linearity:
         thetas: what the error is scaled by, each above 0.
     """
 
-    bits: int = 4
+    bits: int = 3
     thetas: tuple[float, ...] = (0.5, 1.0)
 
     stats: ClassVar[frozenset[str]] = frozenset()

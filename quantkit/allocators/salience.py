@@ -9,7 +9,6 @@ H is the identity. Costs one product for each entry.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,23 +22,17 @@ from quantkit.types import AllocationProblem, Allocator, QuantSpec
 class Salience:
     """Relative squared output errors, added up over the layers of a unit.
 
-    Attributes:
-        share: multiply a layer's error by its share of all weights: what a large layer loses counts more.
+    A layer's share of all weights does not enter: weighted by it, the ranking was worse on ResNet-20 and SqueezeNet.
     """
-
-    share: bool = False
 
     stats: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def scores(self, problem: AllocationProblem, units: Sequence[Unit]) -> Scores:
         raw = {}
-        sizes = {name: math.prod(problem.targets[name].shape) for unit in units for name in unit.members}
-        weight = {name: size / sum(sizes.values()) if self.share else 1.0 for name, size in sizes.items()}
         with problem.progress.task("output errors of layers", total=len(units)) as advance:
             for unit in units:
                 raw[unit.name] = tuple(
-                    sum(weight[name] * relative_error(problem, name, spec) for name, spec in option.items())
-                    for option in unit.options
+                    sum(relative_error(problem, name, spec) for name, spec in option.items()) for option in unit.options
                 )
                 advance(1)
         return Scores(raw, "relative squared output error")

@@ -88,16 +88,6 @@ def test_large_inputs_make_errors_salient() -> None:
     assert figures[0] > 1.2 * figures[1]
 
 
-def test_the_share_of_the_weights_may_count() -> None:
-    made, _ = with_grams(small.problem("dense"))
-    units = units_of(made)
-    plain, shared = (Salience(share).scores(made, units).raw for share in (False, True))
-    sizes = {name: target.shape[0] * target.shape[1] for name, target in made.targets.items()}
-    for unit in units:
-        share = sizes[unit.name] / sum(sizes.values())
-        assert shared[unit.name] == pytest.approx([share * figure for figure in plain[unit.name]], rel=1e-12)
-
-
 def test_a_layer_without_output_has_no_relative_error() -> None:
     """Calibration saw only an input that the weight ignores: what is left is the error itself."""
     weight = random(16, 24)
