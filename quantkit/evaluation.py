@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +15,7 @@ from quantkit.calibration.request import EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.runtime.ort import Session, first_line
 from quantkit.types import Array
+from quantkit.userfunction import import_function
 
 LABELS = "labels"
 Outputs = Mapping[str, Array]
@@ -100,24 +98,8 @@ def _score(metric: str) -> Score:
         return known[metric]
     if ":" not in metric:
         raise InputError(f"unknown metric {metric!r}; known: {', '.join(known)}, or module:function")
-    function = _import(metric)
+    function = import_function(metric, "metric")
     return lambda outputs, reference, feeds: function(outputs, feeds)
-
-
-def _import(text: str) -> Callable[[Outputs, Outputs], float]:
-    module, _, name = text.partition(":")
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may raise anything
-        raise InputError(f"the metric {text!r} cannot be imported: {first_line(error)}") from error
-    finally:
-        sys.path.remove(folder)
-    if not callable(found):
-        raise InputError(f"the metric {text!r} is no function but {type(found).__name__}")
-    checked: Callable[[Outputs, Outputs], float] = found
-    return checked
 
 
 def _agreement(reference: Array, measured: Array) -> float:

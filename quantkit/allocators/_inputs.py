@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.allocators._table import Unit, weights_of
 from quantkit.errors import InputError
 from quantkit.methods import missing_extra
-from quantkit.runtime.ort import first_line
 from quantkit.runtime.probe import Probe
 from quantkit.types import AllocationProblem, FloatArray
+from quantkit.userfunction import import_function
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +135,7 @@ def derivatives(
             not have one of the model's operators.
     """
     probe = samples(problem, name)
-    function = None if loss is None else import_loss(loss)
+    function = None if loss is None else import_function(loss, "loss")
     try:
         from quantkit.allocators._derivatives import opened
     except ModuleNotFoundError as error:
@@ -153,24 +150,3 @@ def check_loss(text: str | None, name: str) -> None:
     """Raises: InputError when a loss is no module:function."""
     if text is not None and not all(text.partition(":")):
         raise InputError(f"{name}.loss must be module:function, got {text!r}")
-
-
-def import_loss(text: str) -> Loss:
-    """The function that `module:function` names; modules of the working directory are found first.
-
-    Raises:
-        InputError: it cannot be imported, or is no function.
-    """
-    module, _, name = text.partition(":")
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may raise anything
-        raise InputError(f"the loss {text!r} cannot be imported: {first_line(error)}") from error
-    finally:
-        sys.path.remove(folder)
-    if not callable(found):
-        raise InputError(f"the loss {text!r} is no function but {type(found).__name__}")
-    checked: Loss = found
-    return checked

@@ -19,6 +19,7 @@ from quantkit.errors import InputError
 from quantkit.graph.load import load_model
 from quantkit.graph.targets import find_targets
 from quantkit.runtime.probe import Probe
+from quantkit.userfunction import import_function
 from tests.allocators import small
 from tests.helpers.models import build, random
 
@@ -219,11 +220,11 @@ def test_losses_that_are_none(function: Callable[..., Any], message: str) -> Non
 def test_losses_are_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "losses_of_mine.py").write_text("def mine(outputs, reference): return 3\nnumber = 4\n")
     monkeypatch.chdir(tmp_path)
-    assert _inputs.import_loss("losses_of_mine:mine")({}, {}) == 3
+    assert import_function("losses_of_mine:mine", "loss")({}, {}) == 3
     with pytest.raises(InputError, match="the loss 'losses_of_mine:number' is no function but int"):
-        _inputs.import_loss("losses_of_mine:number")
+        import_function("losses_of_mine:number", "loss")
     with pytest.raises(InputError, match="the loss 'no_such:f' cannot be imported: No module named 'no_such'"):
-        _inputs.import_loss("no_such:f")
+        import_function("no_such:f", "loss")
 
 
 def test_threads_are_put_back() -> None:
