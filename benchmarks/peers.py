@@ -6,6 +6,7 @@ python -m benchmarks.peers static MODEL OUT --calib SRC --preprocess cifar10
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,9 +38,11 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Calibration data as onnxruntime reads it."""
 
     def __init__(self, data: CalibrationData) -> None:
-        self._feeds = iter(data)
+        self._data = data
+        self._feeds: Iterator[Feed] | None = None  # opened late: its GPTQ copies the reader, which no generator allows
 
     def get_next(self) -> Feed | None:
+        self._feeds = self._feeds or iter(self._data)
         return next(self._feeds, None)
 
 
