@@ -191,7 +191,7 @@ def test_bad_input_is_one_sentence(
         ("bench m.onnx --threads 99999", "--threads must be at most 1024"),
         ("inspect short.onnx", "short.bin"),
         ("inspect missing.onnx", "there is no file missing.onnx"),
-        ("methods unknown", "there is no method 'unknown'; allocators: slim, uniform"),
+        ("methods unknown", "there is no method 'unknown'; allocators: auto, fisher, hawq, "),
         ("apply m.onnx other.json", "matches no layer"),
     ],
 )
