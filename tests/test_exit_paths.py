@@ -318,6 +318,11 @@ quantkit.graph.emit.sync = wait
 """
 
 
+def listen() -> None:
+    """A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def stopped(folder: Path, number: int, setup: str, *arguments: str) -> tuple[int, str, list[str]]:
     """(exit code, standard error, files at the moment of the signal) of a run that a signal hits."""
     child = subprocess.Popen(
@@ -327,6 +332,7 @@ def stopped(folder: Path, number: int, setup: str, *arguments: str) -> tuple[int
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=listen,
     )
     assert child.stdout is not None and child.stderr is not None
     try:
