@@ -99,7 +99,8 @@ def test_compress_passes_everything_on(pipeline: FakePipeline, model: Path, caps
         "--eval test.npz --metric top1 --avg-bits 4.25 --max-size 25% --max-drop 1% --max-latency 0.8x --bits 8,4 "
         "--activations none --allocator uniform --quantizer mse --transform cle,awq --calibrator minmax "
         "--inputs quantized --augment 2 --set mse.steps=40 "
-        "--group-size 64 --target portable --ignore a --ignore re:b.* --seed 3 --memory-limit 64MiB --threads 2 --workers 2 "
+        "--group-size 64 --target portable --ignore a --ignore re:b.* --seed 3 --memory-limit 64MiB --threads 2 "
+        "--workers 2 "
         f"--cache {folder}/cache --save-plan {folder}/plan.json --report {folder}/r.html --random-calibration"
     )
     assert main(command.split()) == 0
