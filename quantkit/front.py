@@ -32,8 +32,8 @@ def save_front(result: Result, folder: Path) -> None:
     points = result.allocation.front
     if not points:
         raise InputError(
-            "there is no front to write: the allocator compared no widths; give a budget such as --avg-bits 4 and "
-            "an allocator other than uniform"
+            "there is no front to write: the allocator compared no widths; give --calib, a budget such as --avg-bits 4 "
+            "that 8 bits exceed, and an allocator other than uniform"
         )
     folder.mkdir(exist_ok=True)
     rows = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from quantkit.budget import Budget
 from quantkit.candidate import Candidate, Context, Recipe, build, measure
-from quantkit.costs.bops import bops
+from quantkit.costs.bops import bops, shapes_of
 from quantkit.costs.size import layer_bytes
 from quantkit.forms import Chooser, static_layers
 from quantkit.graph.units import find_units
@@ -93,7 +93,7 @@ def make_problem(ledger: Ledger, budget: Budget, recipe: Recipe, fixed_size: int
         quantize_many=context.quantize_many,
         file_size=file_size,
         units=find_units(targets),
-        bops=lambda target, spec: bops(target, spec, context.stats.get(target.name)),
+        bops=lambda target, spec: bops(target, spec, shapes_of(target, context.stats)),
         network=context.network,
         seed=context.options.seed,
         progress=context.progress,

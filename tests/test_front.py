@@ -64,6 +64,10 @@ def test_without_a_front(files: Path, capsys: pytest.CaptureFixture[str]) -> Non
     result = quantkit.compress(files / "m.onnx")
     with pytest.raises(InputError, match="there is no front to write: the allocator compared no widths"):
         save_front(result, files / "front")
+    command = ["compress", str(files / "m.onnx"), "-o", str(files / "q.onnx"), "--pareto", str(files / "front"), "-q"]
+    assert main(command) == 1  # the model is not lost for it
+    assert (files / "q.onnx").stat().st_size == result.report.size_after and not (files / "front").exists()
+    assert "not met: there is no front to write" in capsys.readouterr().err
     (files / "full").mkdir()
     (files / "full/x").write_text("x")
     for folder, sentence in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +100,20 @@ def run(args: Namespace) -> int:
         progress=_common.progress_of(args),
         **options,
     )
-    if front is not None:
-        from quantkit.front import save_front
+    code = finish(args, result, outputs)
+    return code if front is None else max(code, write_front(result, front))
 
-        save_front(result, front)
-    return finish(args, result, outputs)
+
+def write_front(result: Result, folder: Path) -> int:
+    """0, or 1 where there is no front to write: the model is written already and stays."""
+    from quantkit.front import save_front
+
+    try:
+        save_front(result, folder)
+    except InputError as error:
+        sys.stderr.write(f"quantkit: not met: {error}\n")
+        return 1
+    return 0
 
 
 def output_files(args: Namespace, model: Path) -> dict[str, Path | None]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from quantkit.budget import Budget
-from quantkit.costs.bops import bops
+from quantkit.costs.bops import bops, shapes_of
 from quantkit.costs.size import stored_bits
 from quantkit.forms import Option
 from quantkit.graph.emit import serialized_size
@@ -199,7 +199,7 @@ def _unmet(
 def _unmet_bops(context: Context, budget: Budget, candidate: Candidate) -> list[str]:
     def spent(chosen: Mapping[str, Option]) -> int:
         return sum(
-            bops(target, chosen[name].spec if name in chosen else None, context.stats.get(name))
+            bops(target, chosen[name].spec if name in chosen else None, shapes_of(target, context.stats))
             for name, target in context.targets.items()
         )
 
