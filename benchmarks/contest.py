@@ -82,6 +82,18 @@ def with_onnxruntime(setting: str, method: str, model: Path, *arguments: str) ->
     return Contestant("onnxruntime", setting, ("benchmarks.peers", method, str(model), OUT, *arguments))
 
 
+def rounded(model: Path, calib: Sequence[str]) -> list[Contestant]:
+    """One width everywhere, rounded to nearest: what error-compensated rounding and allocation are compared with."""
+    plain = ("--allocator", "uniform", "--quantizer", "rtn", "--inputs", "float")
+    return [
+        with_quantkit(
+            f"{bits} bits, {kind}rtn uniform", model, *calib, "--avg-bits", bits, "--activations", act, *plain
+        )
+        for kind, act in (("", "auto"), ("weights only, ", "none"))
+        for bits in ("4", "3", "2")
+    ]
+
+
 def run_contest(contest: Contest, contestants: Sequence[Contestant]) -> list[Record]:
     """Compress, evaluate, time, write; a contestant that fails is recorded with its error."""
     if contest.keep is not None:
@@ -183,16 +195,24 @@ def parser(description: str) -> ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="onnxruntime threads while timing")
     made.add_argument("--seconds", type=float, default=30.0, help="timing of each shape")
     made.add_argument("--keep", type=Path, help="folder for the compressed files")
-    made.add_argument("--only", metavar="TEXT", help="only the contestants whose provider and setting contain this")
+    made.add_argument(
+        "--only",
+        metavar="TEXT",
+        action="append",
+        help="only contestants whose provider and setting contain one of these",
+    )
     return made
 
 
 def selected(contestants: Sequence[Contestant], args: Namespace) -> list[Contestant]:
     """The float model and what --only asks for."""
+    asked = args.only or [""]
     wanted = [
-        item for item in contestants if not item.command or (args.only or "") in f"{item.provider} {item.setting}"
+        item
+        for item in contestants
+        if not item.command or any(text in f"{item.provider} {item.setting}" for text in asked)
     ]
     if len(wanted) < 2:
         known = ", ".join(f"{item.provider} {item.setting}" for item in contestants)
-        raise SystemExit(f"--only {args.only}: no contestant is called so; there are {known}")
+        raise SystemExit(f"--only {' '.join(asked)}: no contestant is called so; there are {known}")
     return wanted

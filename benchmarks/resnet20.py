@@ -13,6 +13,7 @@ from benchmarks.contest import (
     Contestant,
     float_model,
     parser,
+    rounded,
     run_contest,
     selected,
     with_onnxruntime,
@@ -30,8 +31,9 @@ def contestants(model: Path, data: Path) -> list[Contestant]:
         *(with_quantkit(f"{bits} bits", model, *calib, "--avg-bits", bits) for bits in ("6", "5", "4", "3", "2")),
         *(
             with_quantkit(f"{bits} bits, weights only", model, *calib, "--avg-bits", bits, "--activations", "none")
-            for bits in ("4", "3")
+            for bits in ("4", "3", "2")
         ),
+        *rounded(model, calib),
     ]
 
 

@@ -13,6 +13,7 @@ from benchmarks.contest import (
     Contestant,
     float_model,
     parser,
+    rounded,
     run_contest,
     selected,
     with_onnxruntime,
@@ -34,11 +35,12 @@ def contestants(model: Path, data: Path) -> list[Contestant]:
         ),
         with_onnxruntime("quantize_dynamic S8 per channel", "dynamic", model),
         *(with_quantkit(f"8 bits, {name}", model, *calib, "--calibrator", name) for name in CALIBRATORS),
-        *(with_quantkit(f"{bits} bits", model, *calib, "--avg-bits", bits) for bits in ("6", "5", "4", "3")),
+        *(with_quantkit(f"{bits} bits", model, *calib, "--avg-bits", bits) for bits in ("6", "5", "4", "3", "2")),
         *(
             with_quantkit(f"{bits} bits, weights only", model, *calib, "--avg-bits", bits, "--activations", "none")
-            for bits in ("4", "3")
+            for bits in ("4", "3", "2")
         ),
+        *rounded(model, calib),
     ]
 
 

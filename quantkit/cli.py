@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from quantkit.commands import apply, bench, compress, demo, inspect, methods, sensitivity, verify
+from quantkit.commands import apply, bench, compress, demo, inspect, methods, sensitivity, tune, verify
 from quantkit.commands._common import flush_stdout
 from quantkit.errors import InputError, VerificationError
 
 VERBS = (
     ("compress", compress),
+    ("tune", tune),
     ("apply", apply),
     ("inspect", inspect),
     ("sensitivity", sensitivity),

@@ -74,6 +74,24 @@ class Divergence:
             total += _nats(output, np.nan_to_num(wanted), np.nan_to_num(got))
         return total
 
+    def each(self, reference: Outputs, measured: Outputs) -> Array:
+        """[samples] nats of every sample of one batch; infinite where outputs are not finite or have other shapes."""
+        samples = _samples(reference)
+        total = np.zeros(samples)
+        for name, output in self.outputs.items():
+            wanted, got = reference[name], measured[name]
+            if wanted.shape != got.shape:
+                return np.full(samples, np.inf)
+            first, second = np.nan_to_num(wanted), np.nan_to_num(got)
+            apart = wanted.ndim > 0 and len(wanted) == samples
+            broken = np.isfinite(wanted) & ~np.isfinite(got)
+            if not apart:  # an output without the batch's axis belongs to all samples alike
+                total += np.inf if broken.any() else _nats(output, first, second) / samples
+                continue
+            rows = [_nats(output, first[at : at + 1], second[at : at + 1]) for at in range(samples)]
+            total += np.where(broken.reshape(samples, -1).any(axis=1), np.inf, rows)
+        return total
+
     def mean(self, reference: Sequence[Outputs], measured: Sequence[Outputs]) -> float:
         """Nats per sample over batches."""
         samples = sum(_samples(batch) for batch in reference)

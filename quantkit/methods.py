@@ -19,12 +19,13 @@ from typing import Any
 
 from quantkit.errors import InputError
 
-KINDS = ("allocators", "quantizers", "transforms", "emitters")
+KINDS = ("allocators", "quantizers", "transforms", "emitters", "tuners")
 EXTRAS = types.MappingProxyType(
     {
         "torch": "torch",
         "triton": "gpu",
         "xgboost": "autotune",
+        "ray": "cluster",
         "tokenizers": "text",
         "PIL": "images",
         "yaml": "images",
@@ -97,7 +98,7 @@ def make(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     """The method, ready to use.
 
     Args:
-        kind: `allocators`, `quantizers`, `transforms` or `emitters`.
+        kind: `allocators`, `quantizers`, `transforms`, `emitters` or `tuners`.
         name: file name.
         settings: of this method, `{"steps": 40}`; texts are converted to the field's type.
 

@@ -37,6 +37,7 @@ class Options:
         seed: of everything random.
         cache: folder for measured latencies (None = the user's cache folder).
         memory_limit: bytes that calibration may hold at once.
+        holdout: percentage of the calibration samples that only measure.
         threads: onnxruntime threads for timing and calibration (0 = onnxruntime's choice).
         workers: processes that quantize layers (0 = one for each core); results do not depend on it.
     """
@@ -57,6 +58,7 @@ class Options:
     seed: int = 0
     cache: Path | None = None
     memory_limit: int = 160 << 20
+    holdout: int = 20
     threads: int = 1
     workers: int = 0
 
@@ -67,7 +69,7 @@ class Options:
             object.__setattr__(self, "bits", (self.bits,))
         if self.transform is not None and not isinstance(self.transform, str):
             raise InputError(f"transform must be none, auto or names such as cle,awq, got {self.transform!r}")
-        for name in ("seed", "threads", "workers", "memory_limit", "augment"):
+        for name in ("seed", "threads", "workers", "memory_limit", "augment", "holdout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputError(f"{name} must be a whole number, got {value!r}")
@@ -84,6 +86,8 @@ class Options:
             raise InputError(f"bits must be widths from 1 to 8, got {list(self.bits or ())}")
         if not 0 <= self.augment <= 100:
             raise InputError(f"augment must be at least 0 and at most 100, got {self.augment}")
+        if not 1 <= self.holdout <= 90:
+            raise InputError(f"holdout must be at least 1 and at most 90 (percent of the samples), got {self.holdout}")
         if self.memory_limit < 1 << 20:
             raise InputError(f"memory limit must be at least 1MB, got {self.memory_limit} bytes")
         for name, count in (("threads", self.threads), ("workers", self.workers)):

@@ -31,6 +31,11 @@ def provenance(context: Context, plan: str, calibration_digest: str) -> dict[str
         "plan": hashlib.sha256(plan.encode()).hexdigest(),
         "seed": str(context.options.seed),
         "target": context.options.target,
-        "versions": " ".join(f"{name}={version(name)}" for name in PACKAGES),
+        "versions": versions(),
     }
     return {f"quantkit.{name}": value for name, value in stamps.items()}
+
+
+def versions() -> str:
+    """`quantkit=0.1 onnx=...`: what may change a result."""
+    return " ".join(f"{name}={version(name)}" for name in PACKAGES)

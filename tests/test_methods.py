@@ -80,7 +80,7 @@ def test_settings_reach_the_method() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(InputError, match="there is no quantizer 'rtm'; did you mean 'rtn'"):
         methods.make("quantizers", "rtm", {})
-    kinds = "allocators, quantizers, transforms, emitters"
+    kinds = "allocators, quantizers, transforms, emitters, tuners"
     with pytest.raises(InputError, match=f"kind must be one of {kinds}, got 'kernels'"):
         methods.find("kernels")
     with pytest.raises(InputError, match=r"unknown setting 'mse\.stepz'; settings of mse: steps"):

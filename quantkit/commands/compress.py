@@ -25,12 +25,7 @@ def add(parser: ArgumentParser) -> None:
     _common.add_files(parser)
     _common.add_data(parser)
     add_evaluation(parser)
-    budget = parser.add_argument_group("budget (all that are given have to hold)")
-    budget.add_argument("--avg-bits", metavar="B", help="bits per weight on average, such as 4.25")
-    budget.add_argument("--max-size", metavar="SIZE", help="of the file: 12MB, 12MiB or 25%% of the float model")
-    budget.add_argument("--max-drop", metavar="DROP", help="loss of the metric: 1%% = one point")
-    budget.add_argument("--max-bops", metavar="COUNT", help="bit operations of one sample: 3.5G or 10%% of float's")
-    budget.add_argument("--max-latency", metavar="RATIO", help="time against the float model: 0.8x")
+    add_budget(parser)
     _common.add_method_choice(parser)
     parser.add_argument_group("plan").add_argument(
         "--plan", metavar="FILE", help="follow this plan instead of a search"
@@ -40,6 +35,15 @@ def add(parser: ArgumentParser) -> None:
     )
     _common.add_run(parser)
     _common.add_output(parser)
+
+
+def add_budget(parser: ArgumentParser) -> None:
+    budget = parser.add_argument_group("budget (all that are given have to hold)")
+    budget.add_argument("--avg-bits", metavar="B", help="bits per weight on average, such as 4.25")
+    budget.add_argument("--max-size", metavar="SIZE", help="of the file: 12MB, 12MiB or 25%% of the float model")
+    budget.add_argument("--max-drop", metavar="DROP", help="loss of the metric: 1%% = one point")
+    budget.add_argument("--max-bops", metavar="COUNT", help="bit operations of one sample: 3.5G or 10%% of float's")
+    budget.add_argument("--max-latency", metavar="RATIO", help="time against the float model: 0.8x")
 
 
 def add_evaluation(parser: ArgumentParser) -> None:
@@ -55,32 +59,10 @@ def run(args: Namespace) -> int:
     if args.plan:
         keep["plan"] = _common.existing_file(args.plan)
     _common.check_writable(outputs, keep)
-    budget = Budget.parse(
-        avg_bits=args.avg_bits,
-        max_size=args.max_size,
-        max_drop=args.max_drop,
-        max_latency=args.max_latency,
-        max_bops=args.max_bops,
-    )
+    budget = budget_of(args)
     front = None if args.pareto is None else _common.output_folder("--pareto", args.pareto)
-    for kind, name in (("allocators", args.allocator), ("quantizers", args.quantizer)):
-        if name != "auto":
-            methods.check(kind, name)
-    methods.transform_names(args.transform)
-    options = {
-        "bits": parse_bits(args.bits),
-        "activations": args.activations,
-        "allocator": args.allocator,
-        "quantizer": args.quantizer,
-        "transform": args.transform,
-        "calibrator": args.calibrator,
-        "inputs": args.inputs,
-        "augment": args.augment,
-        "group_size": args.group_size,
-        "ignore": tuple(args.ignore or ()),
-        "settings": parse_settings(args.set or ()),
-        **_common.run_options(args),
-    }
+    check_methods(args)
+    options = method_options(args)
     plan = None
     if args.plan:
         from quantkit.plan import load_plan
@@ -102,6 +84,42 @@ def run(args: Namespace) -> int:
     )
     code = finish(args, result, outputs)
     return code if front is None else max(code, write_front(result, front))
+
+
+def budget_of(args: Namespace) -> Budget:
+    return Budget.parse(
+        avg_bits=args.avg_bits,
+        max_size=args.max_size,
+        max_drop=args.max_drop,
+        max_latency=args.max_latency,
+        max_bops=args.max_bops,
+    )
+
+
+def check_methods(args: Namespace) -> None:
+    """Raises: InputError for names of methods that there are not."""
+    for kind, name in (("allocators", args.allocator), ("quantizers", args.quantizer)):
+        if name != "auto":
+            methods.check(kind, name)
+    methods.transform_names(args.transform)
+
+
+def method_options(args: Namespace) -> dict[str, Any]:
+    """Fields of Options behind add_method_choice and add_run."""
+    return {
+        "bits": parse_bits(args.bits),
+        "activations": args.activations,
+        "allocator": args.allocator,
+        "quantizer": args.quantizer,
+        "transform": args.transform,
+        "calibrator": args.calibrator,
+        "inputs": args.inputs,
+        "augment": args.augment,
+        "group_size": args.group_size,
+        "ignore": tuple(args.ignore or ()),
+        "settings": parse_settings(args.set or ()),
+        **_common.run_options(args),
+    }
 
 
 def write_front(result: Result, folder: Path) -> int:

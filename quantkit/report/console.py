@@ -151,7 +151,8 @@ def _contender_table(report: Report) -> Table:
     for row in report.contenders:
         mark = "*" if row.chosen else ""
         nats = f"{row.loss:.3g}" if math.isfinite(row.loss) else "-"
-        table.add_row(mark, Text(row.name), short_bytes(row.size), nats, f"{row.sqnr:.1f}", f"{row.latency:.2f}x")
+        time = f"{row.latency:.2f}x" if math.isfinite(row.latency) else "-"
+        table.add_row(mark, Text(row.name), short_bytes(row.size), nats, f"{row.sqnr:.1f}", time)
     return table
 
 

@@ -52,7 +52,8 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _options(threads: int, optimize: Optimize, arena: bool) -> onnxruntime.SessionOptions:
+def session_options(threads: int, optimize: Optimize = "all", arena: bool = True) -> onnxruntime.SessionOptions:
+    """Quiet, on so many threads (0 = onnxruntime's choice)."""
     options = onnxruntime.SessionOptions()
     options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = arena
@@ -105,7 +106,7 @@ def make_session(
     Raises:
         InputError: onnxruntime cannot load the model (unknown operator, bad graph).
     """
-    options = _options(threads, optimize, arena)
+    options = session_options(threads, optimize, arena)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
