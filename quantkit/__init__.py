@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quantkit.plan import load_plan, save_plan
     from quantkit.report.types import Report
     from quantkit.runtime.session import InferenceSession
+    from quantkit.tuning.tune import Tuned, TuneSettings, tune
     from quantkit.types import LayerPlan, Plan, QuantSpec
 
 __version__ = "0.1.0"
@@ -29,11 +30,14 @@ __all__ = [
     "QuantSpec",
     "Report",
     "Result",
+    "TuneSettings",
+    "Tuned",
     "VerificationError",
     "apply",
     "compress",
     "load_plan",
     "save_plan",
+    "tune",
 ]
 
 _HOMES = (
@@ -44,6 +48,7 @@ _HOMES = (
     ("quantkit.plan", ("load_plan", "save_plan")),
     ("quantkit.report.types", ("Report",)),
     ("quantkit.runtime.session", ("InferenceSession",)),
+    ("quantkit.tuning.tune", ("TuneSettings", "Tuned", "tune")),
     ("quantkit.types", ("LayerPlan", "Plan", "QuantSpec")),
 )
 

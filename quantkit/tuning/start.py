@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,16 +41,17 @@ from quantkit.tuning.recipes import (
     make_space,
     recipe_dimensions,
 )
-from quantkit.tuning.space import Point, Space, Value
+from quantkit.tuning.sizes import Sizes
+from quantkit.tuning.space import Configuration, Dimension, Point, Space, Value
 from quantkit.tuning.widths import Widths, make_widths
-from quantkit.tuning.workshop import Workshop, unit_bytes
+from quantkit.tuning.workshop import Workshop
 from quantkit.types import QuantSpec
 
 FRONT = 4
 """Plans of the solver's front that a search starts from, beside the best one."""
 PLAIN = Recipe("minmax")
-SPARE = 0.002
-"""Share of the bytes that plans leave: what else a file holds is an estimate."""
+FILLINGS = 4
+"""Files that are made to find the plan that fills the budget."""
 LARGE = 0.6
 """Smaller ones than this share of the best one's bytes are left out."""
 
@@ -63,65 +64,95 @@ class Start:
         space: all configurations.
         first: the uniform plan, the allocator's, and the solver's for each group size, as points.
         table: [units][options] predicted losses.
+        widths: what configurations say of bits.
         workshop: makes models.
+        sizes: what they take.
     """
 
     space: Space
     first: tuple[Point, ...]
     table: tuple[tuple[float, ...], ...]
+    widths: Widths
     workshop: Workshop
+    sizes: Sizes
+
+    def choice(self, configuration: Configuration) -> list[int]:
+        """The option of each unit."""
+        return self.widths.choice(configuration)
 
 
 def make_start(run: Run, budget: Budget, history: History, progress: Progress) -> Start:
     """Collect statistics, and let the allocator choose, unless the history knows what it chose."""
-    options = run.options
-    bits = search_bits(budget, options, run.original.loaded.size)
+    bits = search_bits(budget, run.options, run.original.loaded.size)
     context = run.context(run.original)
-    key = content_key(
-        {
-            "what": "start",
-            "model": context.loaded.digest,
-            "data": run.data.digest,
-            "budget": {name: None if value is None else str(value) for name, value in asdict(budget).items()},
-            "options": relevant(run),
-        }
-    )
     problem = make_problem(Ledger(context), budget, PLAIN, 0)
     units = units_of(problem)
+    key = content_key({"what": "start", **_asked(run, budget)})
     known = history.get(key)
     if known is None or not _fits(known, units):
         known = _found(run, context, budget, units, bits, progress)
         history.put(key, known)
+    dimensions = recipe_dimensions(run.options, _possible(run, context, known["transforms"]))
+    recipe = _plain(dimensions, known["recipe"])
+    workshop, sizes = Workshop(run, context, bits, units, budget), Sizes(context, units, {"": int(known["rest"])})
+    groups = next(item.values for item in dimensions if item.name == GROUP)
+    with progress.task("filling the budget with each group size", total=len(groups)) as advance:
+        fits = {}
+        for group in groups:
+            fits[group] = _filling(workshop, sizes, known["table"], {**recipe, GROUP: group}, (key, history))
+            advance(1)
     order = ("uniform", "auto", *sorted(set(known["plans"]) - {"uniform", "auto"}))  # however it was stored
     plans = {name: tuple(known["plans"][name]) for name in order}
-    dimensions = recipe_dimensions(options, _possible(run, context, known["transforms"]))
-    groups = next(item.values for item in dimensions if item.name == GROUP)
-    fits = {f"fit {group}": _filling(context, units, known, budget, group) for group in groups}
-    widths = make_widths(problem, units, {**plans, **{name: choice for name, choice in fits.items() if choice}})
-    workshop = Workshop(run, context, bits, widths, budget)
-    workshop.fixed.update({name: int(size) for name, size in known["fixed"].items()})
-    space = make_space(dimensions, widths)
-    recipe = _plain(space, known["recipe"])
+    filled = {f"fit {group}": choice for group, choice in fits.items() if choice}
+    widths = make_widths(problem, units, {**plans, **filled})
     first = [{**recipe, **widths.plain(_name(widths, plans[name]))} for name in ("uniform", "auto")]
-    for group, choice in zip(groups, fits.values(), strict=True):
-        if choice:
-            first.append({**recipe, GROUP: group, **widths.plain(_name(widths, choice))})
+    first += [
+        {**recipe, GROUP: group, **widths.plain(_name(widths, choice))} for group, choice in fits.items() if choice
+    ]
+    space = make_space(dimensions, widths)
     points = tuple(dict.fromkeys(space.point(configuration) for configuration in first))
-    return Start(space, points, tuple(tuple(row) for row in known["table"]), workshop)
+    return Start(space, points, tuple(tuple(row) for row in known["table"]), widths, workshop, sizes)
 
 
 def _filling(
-    context: Context, units: Sequence[Unit], known: Mapping[str, Any], budget: Budget, group: Value
+    workshop: Workshop,
+    sizes: Sizes,
+    table: Sequence[Sequence[float]],
+    recipe: Mapping[str, Value],
+    kept: tuple[str, History],
 ) -> tuple[int, ...]:
-    """The solver's plan for the bytes that are left, with groups of this size; empty without a budget of bytes."""
-    limit = budget.max_bytes(context.loaded.size)
+    """The solver's plan for the bytes of the budget with this recipe's groups; empty without a budget of bytes.
+
+    What a file holds beside its layers is an estimate, so real ones are made until one fits.
+
+    Args:
+        kept: key of the run and the history, which knows what was found before.
+    """
+    limit = workshop.budget.max_bytes(workshop.plain.loaded.size)
     if limit is None:
         return ()
-    options = replace(context.options, group_size=None if group == DEFAULT else int(group))
-    fixed = next(iter(known["fixed"].values()))
-    bytes_left = (limit - fixed) * (1 - SPARE)
-    picked = choose(known["table"], [Limit(unit_bytes(context, units, options), bytes_left)])
-    return () if picked is None else tuple(picked)
+    start, history = kept
+    key = content_key({"what": "fit", "start": start, "group": recipe[GROUP]})
+    known = history.get(key)
+    if known is None:
+        found: list[int] | None = None
+        spare = 0
+        for _ in range(FILLINGS):
+            bound = limit - sizes.beside(recipe) - spare
+            found = choose(table, [Limit(sizes.table(recipe), bound)])
+            if found is None:
+                break
+            size = workshop.build(recipe, found, "fit")[1].size
+            sizes.learn(recipe, found, size)
+            if size <= limit:
+                break
+            spare = max(size - limit, spare) + limit // 1000
+        known = {"choice": found, "rest": sizes.beside(recipe)}
+        history.put(key, known)
+    elif known["choice"] is not None:
+        whole = sizes.estimate(recipe, known["choice"]) - sizes.beside(recipe) + int(known["rest"])
+        sizes.learn(recipe, known["choice"], whole)
+    return () if known["choice"] is None else tuple(known["choice"])
 
 
 def _found(
@@ -142,11 +173,10 @@ def _found(
         plans[f"front {number}"] = _nearest(units, dict(points[int(index)].specs))
     names, scores = list(outcome.allocation.scores), outcome.allocation.scores
     raw = scores[names[0]].raw if names else scored(problem, units, "salience", Salience()).raw
-    mode = run.options.activations
     return {
         "plans": {name: list(map(int, choice)) for name, choice in plans.items()},
         "table": losses(units, raw),
-        "fixed": {mode: max(candidate.size - layers, 0)},
+        "rest": max(candidate.size - layers, 0),
         "recipe": {key: settings[key] for key in ("calibrator", "bias_correction", "inputs", "scheme")},
         "transforms": _transforms(run, bits),
     }
@@ -171,7 +201,7 @@ def _possible(run: Run, context: Context, transforms: Sequence[str]) -> Possible
     return Possible(tuple(transforms), static, biases)
 
 
-def _plain(space: Space, recipe: Mapping[str, Any]) -> dict[str, Value]:
+def _plain(dimensions: Sequence[Dimension], recipe: Mapping[str, Any]) -> dict[str, Value]:
     """The recipe that `compress` settled on, with every setting that the space knows."""
     wanted: dict[str, Value] = {
         TRANSFORM: "none",
@@ -183,7 +213,7 @@ def _plain(space: Space, recipe: Mapping[str, Any]) -> dict[str, Value]:
         SCHEME: recipe.get("scheme", SCHEMES[0]),
         GROUP: DEFAULT,
     }
-    values = {dimension.name: dimension.values for dimension in space.dimensions}
+    values = {dimension.name: dimension.values for dimension in dimensions}
     return {name: value if value in values[name] else values[name][0] for name, value in wanted.items()}
 
 
@@ -217,11 +247,21 @@ def _fits(known: Mapping[str, Any], units: Sequence[Unit]) -> bool:
                 for choice in known["plans"].values()
             )
             and bool(known["recipe"])
-            and "fixed" in known
+            and "rest" in known
             and "transforms" in known
         )
     except (KeyError, TypeError, AttributeError):
         return False
+
+
+def _asked(run: Run, budget: Budget) -> dict[str, Any]:
+    """What the allocator's choice depends on."""
+    return {
+        "model": run.original.loaded.digest,
+        "data": run.data.digest,
+        "budget": {name: None if value is None else str(value) for name, value in asdict(budget).items()},
+        "options": relevant(run),
+    }
 
 
 def relevant(run: Run) -> dict[str, Any]:

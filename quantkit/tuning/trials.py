@@ -19,7 +19,7 @@ from quantkit.graph.emit import in_memory
 from quantkit.runtime.ort import make_session
 from quantkit.tuning.features import STRUCTURE, structure
 from quantkit.tuning.history import History, Trial, content_key, figure_of, trial_row
-from quantkit.tuning.recipes import TRANSFORM, columns, features, recipe_of
+from quantkit.tuning.recipes import TRANSFORM, columns, features, label, recipe_of
 from quantkit.tuning.scoring import Exam, Score, expected_loss, score_all
 from quantkit.tuning.search import Outcome
 from quantkit.tuning.space import Configuration, Point
@@ -66,7 +66,7 @@ class Trials:
         """Whether the estimated size, and the bits exactly, are within the budget."""
         configuration = self.start.space.configuration(point)
         size = self.budget.max_bytes(self.run.original.loaded.size)
-        if size is not None and self.start.workshop.estimate(configuration) > size:
+        if size is not None and self.start.sizes.estimate(configuration, self.start.choice(configuration)) > size:
             return False
         return self.budget.avg_bits is None or self._average(configuration) <= self.budget.avg_bits + 1e-9
 
@@ -91,7 +91,8 @@ class Trials:
             found[key] = self.history.trial(key) or trial  # as it will be read again
         for key in keys:
             self.done.append(found[key])
-            self.start.workshop.learn_size(found[key].configuration, found[key].size)
+            configuration = found[key].configuration
+            self.start.sizes.learn(configuration, self.start.choice(configuration), found[key].size)
         return [Outcome(figure_of(found[key], self.objective), self._feasible(found[key])) for key in keys]
 
     @property
@@ -109,7 +110,10 @@ class Trials:
 
     def built(self, index: int) -> tuple[Context, Candidate]:
         """The model of a trial, made again."""
-        return self.start.workshop.build(self.done[index].configuration)
+        return self._build(self.done[index].configuration)
+
+    def _build(self, configuration: Configuration) -> tuple[Context, Candidate]:
+        return self.start.workshop.build(configuration, self.start.choice(configuration), label(configuration))
 
     def rescaled(self, index: int) -> Rescaled:
         return self.start.workshop.transformed(str(self.done[index].configuration[TRANSFORM]))[0]
@@ -123,7 +127,7 @@ class Trials:
         made = []
         for key, point in missing:
             configuration = self.start.space.configuration(point)
-            made.append((key, point, *self.start.workshop.build(configuration)))
+            made.append((key, point, *self._build(configuration)))
         runnable = [item for item in made if self._small(item[2], item[3])]
         best = self._best_losses()
         contents = [ir.to_proto(in_memory(item[3].emitted.model)).SerializeToString() for item in runnable]
@@ -197,7 +201,7 @@ class Trials:
 
     def _key(self, point: Point) -> str:
         configuration = self.start.space.configuration(point)
-        specs = self.start.workshop.specs(configuration)
+        specs = self.start.workshop.specs(self.start.choice(configuration))
         return content_key(
             {
                 "what": "trial",
@@ -237,28 +241,26 @@ class Trials:
     def _origin(self) -> tuple[float, float]:
         """(predicted loss, bytes) of the first trial."""
         configuration = self.start.space.configuration(self.start.first[0])
-        chosen = self.start.workshop.widths.choice(configuration)
+        chosen = self.start.choice(configuration)
         size = sum(self._weights[index] * self._widths(chosen)[index] for index in range(len(chosen)))
         return max(total(self.start.table, chosen), LEAST), max(size, 1.0)
 
     @cached_property
     def _weights(self) -> list[int]:
         targets = self.start.workshop.plain.targets
-        return [
-            sum(math.prod(targets[name].shape) for name in unit.members) for unit in self.start.workshop.widths.units
-        ]
+        return [sum(math.prod(targets[name].shape) for name in unit.members) for unit in self.start.widths.units]
 
     def _widths(self, chosen: Sequence[int]) -> list[int]:
-        return [unit.bits(option) for unit, option in zip(self.start.workshop.widths.units, chosen, strict=True)]
+        return [unit.bits(option) for unit, option in zip(self.start.widths.units, chosen, strict=True)]
 
     def _average(self, configuration: Configuration) -> float:
         """Bits per weight, codes alone."""
-        widths = self._widths(self.start.workshop.widths.choice(configuration))
+        widths = self._widths(self.start.choice(configuration))
         return sum(bits * count for bits, count in zip(widths, self._weights, strict=True)) / max(sum(self._weights), 1)
 
     def _bits(self, configuration: Configuration) -> Array:
         """The columns BITS."""
-        chosen = self.start.workshop.widths.choice(configuration)
+        chosen = self.start.choice(configuration)
         widths = self._widths(chosen)
         size = float(sum(bits * count for bits, count in zip(widths, self._weights, strict=True)))
         loss, origin = max(total(self.start.table, chosen), LEAST), self._origin

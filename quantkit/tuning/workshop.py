@@ -8,11 +8,8 @@ from dataclasses import dataclass, field, replace
 from quantkit.allocators._table import Unit
 from quantkit.budget import Budget
 from quantkit.candidate import Candidate, Context, build
-from quantkit.costs.size import layer_bytes
 from quantkit.methods import make
-from quantkit.options import Options
 from quantkit.pipeline import Run, method_settings
-from quantkit.problem import sizing_chooser, sizing_form
 from quantkit.rescaling import Rescaled
 from quantkit.tuning.recipes import (
     ACTIVATIONS,
@@ -20,12 +17,10 @@ from quantkit.tuning.recipes import (
     INPUTS,
     QUANTIZER,
     TRANSFORM,
-    label,
     options_of,
     recipe_of,
 )
 from quantkit.tuning.space import Configuration
-from quantkit.tuning.widths import Widths
 from quantkit.types import QuantizedWeight, QuantSpec
 
 KEPT = 3
@@ -41,18 +36,16 @@ class Workshop:
         run: model and data.
         plain: the context of the model as it is, with the run's own options.
         bits: width that transforms prepare for.
-        widths: what configurations say of bits.
+        units: layers that are decided together.
     """
 
     run: Run
     plain: Context
     bits: int
-    widths: Widths
+    units: tuple[Unit, ...]
     budget: Budget
     rescaled: dict[str, tuple[Rescaled, Context]] = field(default_factory=dict)
     weights: dict[tuple[str, str], Weights] = field(default_factory=dict)
-    fixed: dict[str, int] = field(default_factory=dict)
-    _bytes: dict[tuple[str, str], list[list[int]]] = field(default_factory=dict)
 
     def transformed(self, name: str) -> tuple[Rescaled, Context]:
         """The model after a transform, with everything collected from it."""
@@ -79,51 +72,20 @@ class Workshop:
         made.__dict__["model_ms"] = base.model_ms  # measured once for all
         return made
 
-    def specs(self, configuration: Configuration) -> dict[str, QuantSpec]:
+    def specs(self, choice: Sequence[int]) -> dict[str, QuantSpec]:
         """Target name -> width."""
-        chosen = self.widths.choice(configuration)
         return {
             name: QuantSpec(spec.bits)
-            for unit, option in zip(self.widths.units, chosen, strict=True)
+            for unit, option in zip(self.units, choice, strict=True)
             for name, spec in unit.options[option].items()
         }
 
-    def build(self, configuration: Configuration) -> tuple[Context, Candidate]:
+    def build(self, configuration: Configuration, choice: Sequence[int], name: str) -> tuple[Context, Candidate]:
+        """The model of a recipe with these widths."""
         context = self.context(configuration)
-        made = build(
-            context,
-            self.specs(configuration),
-            recipe_of(configuration),
-            name=label(configuration),
-            max_latency=self.budget.max_latency,
-        )
-        return context, made
-
-    def estimate(self, configuration: Configuration) -> int:
-        """Bytes of the file, before it is made."""
-        key = (str(configuration[ACTIVATIONS]), str(configuration[GROUP]))
-        if key not in self._bytes:
-            self._bytes[key] = unit_bytes(self.plain, self.widths.units, options_of(configuration, self.plain.options))
-        chosen = self.widths.choice(configuration)
-        layers = sum(row[option] for row, option in zip(self._bytes[key], chosen, strict=True))
-        return layers + self.fixed.get(key[0], min(self.fixed.values(), default=0))
-
-    def learn_size(self, configuration: Configuration, size: int) -> None:
-        """What a real file shows of the bytes beside the layers."""
-        kind = str(configuration[ACTIVATIONS])
-        layers = self.estimate(configuration) - self.fixed.get(kind, min(self.fixed.values(), default=0))
-        self.fixed[kind] = min(size - layers, self.fixed.get(kind, size - layers))
-
-
-def unit_bytes(context: Context, units: Sequence[Unit], options: Options) -> list[list[int]]:
-    """[units][options] bytes that layers take, with the activations and the group size of these options."""
-    chooser, targets = sizing_chooser(replace(context, options=options)), context.targets
-    forms = {name: sizing_form(chooser, name, context) for unit in units for name in unit.members}
-
-    def stored(name: str, spec: QuantSpec) -> int:
-        return layer_bytes(targets[name], chooser.spec(targets[name], spec.bits, forms[name]))
-
-    return [[sum(stored(name, spec) for name, spec in option.items()) for option in unit.options] for unit in units]
+        specs, recipe = self.specs(choice), recipe_of(configuration)
+        latency, operations = self.budget.max_latency, self.budget.max_bops
+        return context, build(context, specs, recipe, name=name, max_latency=latency, max_bops=operations)
 
 
 def identity(configuration: Configuration, specs: Mapping[str, QuantSpec]) -> dict[str, object]:
