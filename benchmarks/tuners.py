@@ -85,7 +85,6 @@ STRATEGIES = (
     Strategy("genetic", "genetic", {}),
     Strategy("linear and pairs, cold", "additive", {}),
     Strategy("quantune, cold", "quantune", {}),
-    Strategy("quantune greedy, cold", "quantune", {"acquisition": "greedy"}),
     Strategy("quantune, transfer", "quantune", {}, transfer=True),
     Strategy("quantune ei, transfer", "quantune", {"acquisition": "ei"}, transfer=True),
 )

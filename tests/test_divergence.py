@@ -145,3 +145,24 @@ def test_outputs_of_zeros_have_an_energy_of_one() -> None:
 def test_an_output_without_axes_is_one_sample() -> None:
     wanted, got = np.array(2.0, np.float32), np.array(3.0, np.float32)
     assert Divergence.of([{"y": wanted}]).mean([{"y": wanted}], [{"y": got}]) == pytest.approx(1 / 8)
+
+
+def test_single_samples_add_up_to_the_whole() -> None:
+    """Logits, values and an output that belongs to no sample; what is broken is infinite where it is."""
+    rng = np.random.default_rng(3)
+    wanted = {
+        "y": rng.standard_normal((6, 10)).astype(np.float32),
+        "v": rng.standard_normal((6, 2, 3, 4)).astype(np.float32),
+        "one": rng.standard_normal((3,)).astype(np.float32),
+    }
+    got = {name: value + 0.1 * rng.standard_normal(value.shape).astype(np.float32) for name, value in wanted.items()}
+    found = Divergence.of([wanted])
+    each = found.each(wanted, got)
+    assert each.shape == (6,) and (each > 0).all()
+    assert each.sum() == pytest.approx(found.sum(wanted, got), rel=1e-9)
+    assert found.each(wanted, wanted).tolist() == [0.0] * 6
+    broken = {**got, "v": got["v"].copy()}
+    broken["v"][4, 0, 0, 0] = np.nan
+    assert np.isinf(found.each(wanted, broken)).tolist() == [False] * 4 + [True, False]
+    assert np.isinf(found.each(wanted, {**got, "one": got["one"] * np.inf})).all()
+    assert np.isinf(found.each(wanted, {**got, "y": got["y"][:, :9]})).all()

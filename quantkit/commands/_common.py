@@ -75,8 +75,12 @@ def add_files(parser: ArgumentParser) -> None:
     group.add_argument("--all-layers", action="store_true", help="show every layer of a large model")
 
 
-def add_method_choice(parser: ArgumentParser) -> None:
-    """Which methods decide."""
+def add_method_choice(parser: ArgumentParser, holdout: int = Options.holdout) -> None:
+    """Which methods decide.
+
+    Args:
+        holdout: default of --holdout.
+    """
     group = parser.add_argument_group("methods")
     group.add_argument("--bits", metavar="LIST", help="widths to choose from, such as 2,3,4,8 (default: 2 to 8)")
     group.add_argument(
@@ -102,6 +106,9 @@ def add_method_choice(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--augment", metavar="N", type=int, default=1, help="disturbed copies of calibration texts (default: 1)"
+    )
+    group.add_argument(
+        "--holdout", metavar="P", type=int, help=f"percent of the samples that only measure (default: {holdout})"
     )
     group.add_argument("--group-size", metavar="N", type=int, help="inputs per scale, -1 = one scale per output")
     group.add_argument("--ignore", metavar="PATTERN", action="append", help="keep layers float: a name or re:PATTERN")

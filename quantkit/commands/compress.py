@@ -118,6 +118,7 @@ def method_options(args: Namespace) -> dict[str, Any]:
         "group_size": args.group_size,
         "ignore": tuple(args.ignore or ()),
         "settings": parse_settings(args.set or ()),
+        **({} if args.holdout is None else {"holdout": args.holdout}),
         **_common.run_options(args),
     }
 

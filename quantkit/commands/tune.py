@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 HELP = "search for the best configuration by measuring many"
 USAGE = "quantkit tune MODEL --calib SRC --max-size SIZE [options]"
 SHOWN = 12
+HOLDOUT = 40  # percent of the samples: trials are many, and the least of noisy figures is too low
 
 
 def add(parser: ArgumentParser) -> None:
@@ -63,10 +64,7 @@ def add(parser: ArgumentParser) -> None:
         default="local",
         help="where a batch runs: processes here, or a Ray cluster (default: local)",
     )
-    group.add_argument(
-        "--holdout", metavar="P", type=int, default=40, help="percent of the samples that only measure (default: 40)"
-    )
-    _common.add_method_choice(parser)
+    _common.add_method_choice(parser, holdout=HOLDOUT)
     _common.add_run(parser)
     _common.add_output(parser)
 
@@ -80,7 +78,7 @@ def run(args: Namespace) -> int:
     if args.calib is None and not args.random_calibration:
         raise InputError("tuning needs calibration data to measure on: give --calib")
     history = history_file(args, outputs["--output"])
-    options = {**method_options(args), "holdout": args.holdout}
+    options = {"holdout": HOLDOUT, **method_options(args)}
     calibration, evaluation = _common.calibration_of(args), evaluation_of(args)
 
     from quantkit.tuning.tune import TuneSettings, tune
