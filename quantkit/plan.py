@@ -23,8 +23,11 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 import re
+import stat
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,16 +36,27 @@ from quantkit.errors import InputError
 from quantkit.methods import check_settings
 from quantkit.options import CALIBRATORS, INPUTS, Options
 from quantkit.types import ActParams, LayerPlan, Plan, QuantSpec
+from quantkit.wording import few, shown
 
 VERSION = 1
 PLAN_KEYS = ("version", "layers", "activations", "settings")
 SPEC_KEYS = ("bits", "group_size", "symmetric", "act_bits", "group_bits", "form")
 RULE_KEYS = ("match", *SPEC_KEYS, "float", "reason")
 ACTIVATION_KEYS = ("scale", "zero_point")
-PLANNED = ("quantizer", "target", "seed", "augment")
-NUMBERS = ("seed", "augment")
+PLANNED = ("quantizer", "target", "seed", "augment", "holdout", "calibration_size")
+NUMBERS = ("seed", "augment", "holdout", "calibration_size")
 RUN = re.compile("([1-8])(?:x([1-9][0-9]{0,8}))?")
 MOST_GROUPS = 1 << 24
+"""Groups of all rules together."""
+MOST_BYTES = 1 << 26
+"""Of a plan file; a rule takes about 150."""
+SINGLE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+"""An escaped letter or a class in a regular expression."""
+REPEAT = re.compile(r"[*+{]")
+REPEATED_GROUP = re.compile(r"\)[*+{]")
+MOST_REPEATS = 6
+MOST_PATTERN = 1000
+"""Characters of a regular expression."""
 T = TypeVar("T")
 UNMATCHED = "no rule of the plan matches it"
 
@@ -107,21 +121,29 @@ def plan_from_json(text: str, where: str = "plan") -> Plan:
     if "version" not in data:
         raise InputError(f'{where}: "version" is missing; this version of quantkit writes {VERSION}')
     if data["version"] != VERSION or isinstance(data["version"], bool):
-        raise InputError(f"{where}: version {data['version']!r} is not supported, only {VERSION}; make the plan again")
+        raise InputError(
+            f"{where}: version {shown(data['version'])} is not supported, only {VERSION}; make the plan again"
+        )
     rules = data.get("layers")
     if not isinstance(rules, list):
         raise InputError(f'{where}: "layers" must be a list of rules, got {_kind(rules)}')
     layers: dict[str, LayerPlan] = {}
+    groups = 0
     for index, rule in enumerate(rules):
         place = f"{where}: layers[{index}]"
-        match, layer = _rule_from_dict(rule, place)
+        match, layer = _rule_from_dict(rule, place, MOST_GROUPS - groups)
         if match in layers:
-            raise InputError(f"{place}: {match!r} already has a rule above; the first one decides, remove one of them")
+            raise InputError(
+                f"{place}: {shown(match)} already has a rule above; the first one decides, remove one of them"
+            )
         layers[match] = layer
+        groups += len(layer.spec.group_bits or ()) if layer.spec else 0
     activations = _object(data.get("activations", {}), f"{where}: activations")
     return Plan(
         layers=layers,
-        activations={name: _act_from_dict(act, f"{where}: activations[{name!r}]") for name, act in activations.items()},
+        activations={
+            name: _act_from_dict(act, f"{where}: activations[{shown(name)}]") for name, act in activations.items()
+        },
         settings=_object(data.get("settings", {}), f"{where}: settings"),
     )
 
@@ -130,11 +152,19 @@ def load_plan(path: str | Path) -> Plan:
     """Read a plan file."""
     path = Path(path)
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
+            raise InputError(f"cannot read the plan {path}: it is {what}; give a .json file")
+        if status.st_size > MOST_BYTES:
+            raise InputError(f"{path} is not a plan: it has {status.st_size} bytes, a plan has at most {MOST_BYTES}")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read the plan {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a plan: not UTF-8 text at byte {error.start}") from error
+    except ValueError as error:  # of a path with a zero byte
+        raise InputError(f"cannot read the plan {str(path)!r}: {error}") from error
     return plan_from_json(text, where=str(path))
 
 
@@ -175,10 +205,18 @@ def _matches(match: str, name: str, op: str, ops: Mapping[str, str]) -> bool:
 
 
 def _compile(match: str, where: str) -> re.Pattern[str]:
+    if len(match) > MOST_PATTERN:
+        raise InputError(f"{where}: {shown(match)} has {len(match)} characters, the most are {MOST_PATTERN}")
+    plain = SINGLE.sub("x", match[3:])
+    if REPEATED_GROUP.search(plain) or len(REPEAT.findall(plain)) > MOST_REPEATS:
+        raise InputError(
+            f"{where}: {shown(match)} repeats a group, or more than {MOST_REPEATS} times, and could search for ever; "
+            "repeat single letters or classes"
+        )
     try:
         return re.compile(match[3:])
-    except re.error as error:
-        raise InputError(f"{where}: {match!r} is not a valid regular expression: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{where}: {shown(match)} is not a valid regular expression: {error}") from error
 
 
 def _unused_sentence(match: str, ops: Mapping[str, str]) -> str:
@@ -212,26 +250,27 @@ def _runs(group_bits: tuple[int, ...]) -> str:
     return " ".join(f"{bits}x{count}" if count > 1 else str(bits) for bits, count in runs)
 
 
-def _group_bits(value: object, where: str) -> tuple[int, ...] | None:
+def _group_bits(value: object, where: str, most: int) -> tuple[int, ...] | None:
     """The inverse of `_runs`; a list of widths is taken as it stands."""
     if value is None:
         return None
     if isinstance(value, list):
         if not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in value):
-            raise InputError(f"{where}: group_bits must be a list of whole numbers, got {value!r}")
+            raise InputError(f"{where}: group_bits must be a list of whole numbers, got {shown(value)}")
         return tuple(value)
     if not isinstance(value, str):
-        raise InputError(f'{where}: group_bits must be text such as "4x12 3x4 8" or a list, got {value!r}')
+        raise InputError(f'{where}: group_bits must be text such as "4x12 3x4 8" or a list, got {shown(value)}')
     runs = [RUN.fullmatch(part) for part in value.split(" ")]
     counts = [int(run[2] or 1) for run in runs if run]
     if len(counts) < len(runs):
-        raise InputError(f'{where}: group_bits must be runs of widths 1 to 8 such as "4x12 3x4 8", got {value!r}')
-    if sum(counts) > MOST_GROUPS:
-        raise InputError(f"{where}: group_bits names {sum(counts)} groups; no layer has more than {MOST_GROUPS}")
+        raise InputError(f'{where}: group_bits must be runs of widths 1 to 8 such as "4x12 3x4 8", got {shown(value)}')
+    if sum(counts) > most:
+        after = "" if most == MOST_GROUPS else " after the rules above"
+        raise InputError(f"{where}: group_bits names {sum(counts)} groups; no layer has more than {most}{after}")
     return tuple(int(run[1]) for run, count in zip(runs, counts, strict=True) if run for _ in range(count))
 
 
-def _rule_from_dict(rule: object, where: str) -> tuple[str, LayerPlan]:
+def _rule_from_dict(rule: object, where: str, most_groups: int) -> tuple[str, LayerPlan]:
     data = _object(rule, where)
     _check_keys(data, RULE_KEYS, where)
     match = _typed(data, "match", str, where)
@@ -251,7 +290,7 @@ def _rule_from_dict(rule: object, where: str) -> tuple[str, LayerPlan]:
         raise InputError(f'{where}: needs "bits" (1 to 8) or "float": true')
     group_size = _typed(data, "group_size", int, where)
     form = _typed(data, "form", str, where)
-    groups = _group_bits(data.get("group_bits"), where)
+    groups = _group_bits(data.get("group_bits"), where, most_groups)
     try:
         spec = QuantSpec(
             bits=bits,
@@ -270,9 +309,9 @@ def _act_from_dict(value: object, where: str) -> ActParams:
     _check_keys(data, ACTIVATION_KEYS, where)
     scale, zero_point = data.get("scale"), data.get("zero_point")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= sys.float_info.max:
-        raise InputError(f"{where}: scale must be a number above 0, got {scale!r}")
+        raise InputError(f"{where}: scale must be a number above 0, got {shown(scale)}")
     if isinstance(zero_point, bool) or not isinstance(zero_point, int) or not 0 <= zero_point <= 255:
-        raise InputError(f"{where}: zero_point must be a whole number from 0 to 255, got {zero_point!r}")
+        raise InputError(f"{where}: zero_point must be a whole number from 0 to 255, got {shown(zero_point)}")
     return ActParams(scale=float(scale), zero_point=zero_point)
 
 
@@ -281,20 +320,28 @@ def _parse(text: str, where: str) -> object:
         raise InputError(f"{where}: {name} is not a JSON number")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         if twice:
-            raise InputError(f"{where}: {', '.join(map(repr, twice))} given twice in one object; keep one")
+            raise InputError(f"{where}: {few(twice)} given twice in one object; keep one")
         return dict(pairs)
+
+    def finite(text: str) -> float:
+        if math.isinf(number := float(text)):
+            raise InputError(f"{where}: {shown(text)} is larger than any number that a plan can hold")
+        return number
 
     try:
         text.encode()
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant, parse_float=finite)
     except InputError:
         raise
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise InputError(
+            f"{where} is not JSON that quantkit can read: its lists are too deep for Python's recursion"
+        ) from error
+    except ValueError as error:
         raise InputError(f"{where} is not JSON that quantkit can read: {error}") from error
 
 
@@ -307,7 +354,7 @@ def _object(value: object, where: str) -> dict[str, Any]:
 def _check_keys(data: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     unknown = [key for key in data if key not in known]
     if unknown:
-        raise InputError(f"{where}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(known)}")
+        raise InputError(f"{where}: unknown key {few(unknown)}; known keys: {', '.join(known)}")
 
 
 def _typed(data: Mapping[str, Any], key: str, kind: type[T], where: str) -> T | None:
@@ -317,7 +364,9 @@ def _typed(data: Mapping[str, Any], key: str, kind: type[T], where: str) -> T | 
         return None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {int: "a whole number", bool: "true or false", str: "text"}
-        raise InputError(f"{where}: {key} must be {names[kind]}, got {value!r}")
+        raise InputError(f"{where}: {key} must be {names[kind]}, got {shown(value)}")
+    if isinstance(value, int) and abs(value) > MOST_GROUPS:
+        raise InputError(f"{where}: {key} must be a whole number of fewer digits, got {shown(value)}")
     return value
 
 

@@ -13,6 +13,7 @@ from quantkit import metrics
 from quantkit.calibration.data import CalibrationData, InputSpec, open_calibration
 from quantkit.calibration.request import CalibrationRequest
 from quantkit.errors import InputError, VerificationError
+from quantkit.graph._checks import read_proto
 from quantkit.report.types import Timing
 from quantkit.runtime.ort import Session, input_specs, make_session, time_sessions
 from quantkit.types import Array, Feed
@@ -209,7 +210,8 @@ def _size_on_disk(path: Path) -> int:
 
 def external_files(path: Path) -> set[Path]:
     """The files beside a model that hold its weights."""
-    model = ir.load(path)
+    model = ir.from_proto(read_proto(path))
+    ir.external_data.set_base_dir(model.graph, path.parent)
     return {
         Path(value.const_value.path)
         for graph in model.graphs()

@@ -20,6 +20,7 @@ from quantkit.types import ActParams, Array, FloatArray
 _CHUNK = 1 << 18  # values binned at once
 _GEMM_ROWS = 1024  # rows multiplied in float32 before the sum goes on in float64
 _LEVELS = 255  # steps between the 256 levels
+_MIDDLE = 128  # the code of 0 in a symmetric scheme
 _SMALLEST_EXPONENT = -100
 
 Doubles = npt.NDArray[np.float64]
@@ -210,17 +211,38 @@ def _divergence(seen: Distribution, low: float, high: float) -> float:
     return float(np.sum(reference * np.log(reference / quantized)))
 
 
-def act_params(low: float, high: float) -> ActParams:
-    """The uint8 grid of a range widened to hold 0, with a code that is exactly 0."""
+SCHEMES = ("asymmetric", "symmetric", "unsigned", "power")
+
+
+def act_params(low: float, high: float, scheme: str = "asymmetric") -> ActParams:
+    """The uint8 grid of a range widened to hold 0, with a code that is exactly 0.
+
+    Args:
+        scheme: `asymmetric` covers the range and no more; `symmetric` reaches equally far to both sides of 0;
+            `unsigned` does so too, but starts at 0 where no value lies below; `power` is unsigned with a scale that is
+            a power of two. (Close to Quantune's four schemes, arXiv 2202.05048.)
+    """
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise InputError(
             f"an activation range needs finite low <= high, got [{low}, {high}]; check the calibration data"
         )
     low, high = min(0.0, low), max(0.0, high)
+    if scheme != "asymmetric":
+        return _balanced(low, high, scheme)
     scale = float(np.float32(high / _LEVELS - low / _LEVELS))
     if scale == 0:
         return ActParams(1.0, 0)
     return ActParams(scale, min(max(round(-low / scale), 0), _LEVELS))
+
+
+def _balanced(low: float, high: float, scheme: str) -> ActParams:
+    """Zero in the middle of the codes 1 to 255, or at code 0."""
+    middle = 0 if scheme != "symmetric" and low == 0 else _MIDDLE
+    scale = max(high, -low) / (_LEVELS - middle)
+    if scheme == "power" and scale > 0:
+        scale = 2.0 ** math.ceil(math.log2(scale))
+    scale = float(np.float32(scale))
+    return ActParams(scale, middle) if scale > 0 else ActParams(1.0, 0)
 
 
 class Moments:

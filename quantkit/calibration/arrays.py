@@ -6,7 +6,11 @@ into memory whole (`numpy.savez` writes members that can be mapped, `numpy.savez
 
 from __future__ import annotations
 
+import io
+import math
 import struct
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,8 +23,16 @@ from quantkit.calibration.inputs import InputSpec, Samples, as_array, check_name
 from quantkit.calibration.preprocess import Preprocess, fit_preprocess
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
+from quantkit.wording import shown
 
-_BROKEN = (ValueError, EOFError, OSError, MemoryError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+MOST_PACKED = 1 << 30
+"""Bytes of compressed arrays that are read into memory; a few kilobytes can stand for any number of them."""
+HEADER_BYTES = 12 + 10_000
+"""Of the longest .npy header that numpy reads, with what stands before it."""
+_BROKEN = (
+    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+    *(struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile),
+)
 
 
 def read_npy(path: Path) -> Array:
@@ -38,6 +50,12 @@ def read_npz(path: Path, inputs: Sequence[InputSpec], keys: Mapping[str, str]) -
         with zipfile.ZipFile(path) as archive:
             members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
             wanted = _choose(list(members), inputs, keys, path)
+            packed = sum(members[key].file_size for key in wanted.values() if _is_packed(members[key]))
+            if packed > MOST_PACKED:
+                raise InputError(
+                    f"{path} holds {packed} bytes of compressed arrays, more than {MOST_PACKED}; "
+                    "save it with numpy.savez, whose arrays stay on the disk"
+                )
             return {name: _read_member(path, archive, members[key]) for name, key in wanted.items()}
     except InputError:
         raise
@@ -71,7 +89,11 @@ def array_samples(
             feed[key] = _preprocessed(batch, raw[key]) if key in raw else batch
         return feed
 
-    return Samples(name, next(iter(counts.values()), 1), load)
+    count = next(iter(counts.values()), 1)
+    hollow = [key for key in counts if count and not loaded[key].size]
+    if hollow:
+        raise InputError(f"{name}: input {hollow[0]!r} has the shape {list(loaded[hollow[0]].shape)}, without a number")
+    return Samples(name, count, load)
 
 
 def stack_images(images: Sequence[Array], name: str) -> Array:
@@ -116,34 +138,50 @@ def _choose(found: list[str], inputs: Sequence[InputSpec], keys: Mapping[str, st
 
 def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
     where = f"{path}, array {member.filename.removesuffix('.npy')!r}"
-    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:  # bit 0: encrypted
+    if _is_packed(member):
         with archive.open(member) as packed:
-            if _read_header(packed)[2].hasobject:
-                raise InputError(f"{where} holds Python objects, not numbers; save it with a numeric dtype")
+            shape, fortran, dtype, start = _read_header(packed, where)
+        size = math.prod(shape) * dtype.itemsize
+        if start + size > member.file_size:  # before reading: what a member really expands to may be endless
+            raise ValueError(f"array {member.filename!r} needs {start + size} bytes and holds {member.file_size}")
         with archive.open(member) as packed:
-            return np.asarray(np.lib.format.read_array(packed, allow_pickle=False))
+            packed.read(start)
+            values = np.frombuffer(packed.read(size), dtype)
+        return values.reshape(shape, order="F" if fortran else "C")
     with path.open("rb") as file:
         file.seek(member.header_offset + 26)  # of the local header, 30 bytes long: lengths of name and extra field
         name_length, extra_length = struct.unpack("<HH", file.read(4))
     return _map_array(path, member.header_offset + 30 + name_length + extra_length, where)
 
 
+def _is_packed(member: zipfile.ZipInfo) -> bool:
+    return member.compress_type != zipfile.ZIP_STORED or bool(member.flag_bits & 1)  # bit 0: encrypted
+
+
 def _map_array(path: Path, offset: int, where: str) -> Array:
     with path.open("rb") as file:
         file.seek(offset)
-        shape, fortran, dtype = _read_header(file)
-        start = file.tell()
-    if dtype.hasobject:
-        raise InputError(f"{where} holds Python objects, not numbers; save it with a numeric dtype")
+        shape, fortran, dtype, length = _read_header(file, where)
     if 0 in shape:  # nothing to map
         return np.zeros(shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape, order="F" if fortran else "C")
+    size = path.stat().st_size
+    if offset + length + math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"its header promises {dtype} {shown(list(shape))}, more than the {size} bytes of the file")
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset + length, shape=shape, order="F" if fortran else "C")
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"unknown .npy version {version}")
+def _read_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether in Fortran's order, type, and the header's bytes; nothing beyond the longest header is read."""
+    head = io.BytesIO(file.read(HEADER_BYTES))
+    version = np.lib.format.read_magic(head)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"unknown .npy version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+        shape, fortran, dtype = read(head)
+    if dtype.hasobject:
+        raise InputError(f"{where} holds Python objects, not numbers; save it with a numeric dtype")
+    if any(isinstance(dim, bool) or dim < 0 for dim in shape) or not dtype.itemsize:
+        raise ValueError(f"there is no array of shape {shown(shape)} and type {shown(str(dtype))}")
+    return shape, fortran, dtype, head.tell()

@@ -6,6 +6,7 @@ A path may end in a slice over its samples: `images@::5` is every fifth image, `
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from functools import cached_property
@@ -27,6 +28,10 @@ __all__ = ["CalibrationData", "InputSpec", "Preprocess", "open_calibration", "ra
 
 DEFAULT_BATCH = 8
 DEFAULT_AXIS = 64
+MOST_SAMPLES = 1 << 24
+"""More are a mistake, or a file that pretends to be long; a slice takes a part of them."""
+MOST_RANDOM = 1 << 28
+"""Numbers of one made-up sample."""
 _SLICE = re.compile(r"(.+)@([^@/\\]*:[^@/\\]*)")
 _KEYS = re.compile(r"(.+\.npz):(.+)", re.IGNORECASE)
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -162,6 +167,10 @@ def open_calibration(
             f"the slice @{_show(window)} leaves none of its {_count(len(opened))}" if window and len(opened) else None
         )
         raise InputError(f"{opened.name}: {what or 'it holds no samples'}; calibration needs at least one")
+    if len(chosen) > MOST_SAMPLES:
+        raise InputError(
+            f"{opened.name} holds {_count(len(chosen))}, more than {MOST_SAMPLES}; take a part with @START:STOP:STEP"
+        )
     fixed = fixed_batch(inputs) if isinstance(opened, Samples) else None
     if fixed and batch_size not in (None, fixed):
         raise InputError(f"the model's batch is fixed at {fixed}, got batch size {batch_size}; leave it out")
@@ -208,7 +217,7 @@ def random_calibration(
         return {spec.name: _random_batch(spec, place, indices) for place, spec in enumerate(inputs)}
 
     def _random_batch(spec: InputSpec, place: int, indices: Sequence[int]) -> Array:
-        dims = [dim if isinstance(dim, int) else lengths.get(dim or "", DEFAULT_AXIS) for dim in spec.shape[1:]]
+        dims = _lengths(spec, lengths)
         # One generator for each sample, so that a sample is the same in whichever batch it is.
         rows = [_random_sample(spec, dims, np.random.default_rng([seed, place, index]), max_id) for index in indices]
         return np.stack(rows) if spec.shape else rows[0]
@@ -217,6 +226,17 @@ def random_calibration(
     source = Samples("random data", count, load)
     origin = f"random data, seed {seed}"
     return CalibrationData(source, inputs, range(count), fixed_batch(inputs) or DEFAULT_BATCH, origin)
+
+
+def _lengths(spec: InputSpec, dynamic: Mapping[str, int]) -> list[int]:
+    """Of a made-up sample's axes."""
+    dims = [dim if isinstance(dim, int) else dynamic.get(dim or "", DEFAULT_AXIS) for dim in spec.shape[1:]]
+    if math.prod(dims) > MOST_RANDOM or min(dims, default=0) < 0:
+        raise InputError(
+            f"input {spec.name!r} wants {spec.wants}: a sample of {dims} cannot be made up, the most are {MOST_RANDOM} "
+            "numbers; give calibration data"
+        )
+    return dims
 
 
 def _random_sample(spec: InputSpec, dims: Sequence[int], random: np.random.Generator, max_id: int) -> Array:
@@ -304,6 +324,8 @@ def _open_path(
     suffix = path.suffix.lower()
     if not path.exists():
         raise InputError(f"calibration data {path} does not exist; give {_KINDS}")
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"calibration data {path} is a device or a pipe; give {_KINDS}")
     if suffix == ".npz" and path.is_file():
         arrays = read_npz(path, inputs, _parse_keys(keyed[2] if keyed else ""))
         return array_samples(arrays, inputs, text, preprocess)

@@ -24,6 +24,8 @@ from quantkit.calibration.inputs import InputSpec, as_array, check_names, chunks
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
 
+MOST_BYTES = (1 << 31) - 1
+"""Of the largest protobuf."""
 Passes = Callable[[], Iterator[Any]]
 """Starts one pass over the data."""
 
@@ -316,8 +318,14 @@ def _read_tensor(path: Path) -> tuple[str, Array]:
     import onnx
     from onnx import numpy_helper
 
+    if not path.is_file():
+        raise InputError(f"{path} is no regular file; give ONNX tensors")
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size} bytes, more than a tensor's {MOST_BYTES}; save it as .npz")
     try:
         tensor = onnx.TensorProto.FromString(path.read_bytes())
+        if any(dim < 0 for dim in tensor.dims):
+            raise InputError(f"{path} holds a tensor of shape {list(tensor.dims)}; save it again")
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise InputError(f"{path} keeps its data in another file; save the tensor with its data inside")
         return tensor.name, as_array(numpy_helper.to_array(tensor), str(path))

@@ -15,6 +15,8 @@ from quantkit.errors import InputError
 from quantkit.types import Array, Feed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF")
+"""Whatever a file is called, no other decoder opens it: some of Pillow's start other programs."""
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -56,7 +58,7 @@ def read_image(path: Path) -> Array:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.mode[0] in "IF":  # more than 8 bits: converting would clip, not scale
                     raise InputError(f"{path} has more than 8 bits per channel (mode {image.mode}); save it with 8")
                 return np.asarray(image.convert("RGB"))

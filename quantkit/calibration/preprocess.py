@@ -15,11 +15,22 @@ import numpy as np
 from quantkit.calibration.inputs import InputSpec
 from quantkit.errors import InputError
 from quantkit.types import Array
+from quantkit.wording import SHOWN, shown
 
 CHANNELS = ("rgb", "bgr", "gray")
 LAYOUTS = ("nchw", "nhwc")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box")
 DTYPES = ("float32", "float16", "float64", "uint8", "int8")
+MOST_PIXELS = 1 << 26
+"""Of an image that is scaled, before it is cropped."""
+MOST_RESULT = 1 << 24
+"""Of the result, which has 8 bytes for each channel of each pixel on the way."""
+LARGEST_NUMBER = 1e30
+"""Of mean, std and scale."""
+MOST_TOKENS = 1000
+"""Of a YAML file: the time that its parser takes for deep lists grows with their square."""
+FILE_BYTES = 1 << 16
+"""Of the longest preprocess file."""
 _LUMA = np.array([19595, 38470, 7471], np.int64)  # ITU-R 601 weights in 1/65536, the integers that Pillow uses
 
 
@@ -62,6 +73,11 @@ class Preprocess:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(f"preprocess takes uint8 images [H, W, 3], got {image.dtype} {list(image.shape)}")
         pixels = _resized(image, self) if self.size not in (None, image.shape[:2]) else image
+        if pixels.shape[0] * pixels.shape[1] > MOST_RESULT:
+            raise InputError(
+                f"preprocess: an image of {pixels.shape[0]}x{pixels.shape[1]} pixels has more than {MOST_RESULT}; "
+                "give a preprocess file with `size: [height, width]`"
+            )
         if self.channels == "gray":
             pixels = ((pixels @ _LUMA + 0x8000) >> 16)[..., None]
         elif self.channels == "bgr":
@@ -84,15 +100,15 @@ def load_preprocess(source: str | Path) -> Preprocess:
             f"unknown preprocess {name!r}{hint}; presets: {', '.join(PRESETS)}; or give a .json or .yaml file"
         )
     if not path.is_file():
-        raise InputError(f"preprocess file {path} does not exist")
+        raise InputError(f"preprocess file {path} {'is no regular file' if path.exists() else 'does not exist'}")
     values = _read_mapping(path)
     base = values.pop("base", "raw")
-    if base not in PRESETS:
-        raise InputError(f"{path}: unknown base {base!r}; presets: {', '.join(PRESETS)}")
+    if not isinstance(base, str) or base not in PRESETS:
+        raise InputError(f"{path}: unknown base {shown(base)}; presets: {', '.join(PRESETS)}")
     known = [item.name for item in fields(Preprocess)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise InputError(f"{path}: unknown key {', '.join(unknown)}; known keys: base, {', '.join(known)}")
+        raise InputError(f"{path}: unknown key {', '.join(unknown)[:SHOWN]}; known keys: base, {', '.join(known)}")
     try:
         return replace(PRESETS[base], **{key: _plain(value) for key, value in values.items()})
     except InputError as error:
@@ -148,6 +164,11 @@ def _resized(image: Array, preprocess: Preprocess) -> Array:
             f"preprocess: resize {preprocess.resize} makes {tall}x{wide} pixels of an image of "
             f"{image.shape[0]}x{image.shape[1]}, too few for a size of {height}x{width}"
         )
+    if tall * wide > MOST_PIXELS:
+        raise InputError(
+            f"preprocess: resize {preprocess.resize} makes {tall}x{wide} pixels of an image of "
+            f"{image.shape[0]}x{image.shape[1]}, more than {MOST_PIXELS}; leave such images out"
+        )
     method = Image.Resampling[preprocess.interpolation.upper()]
     scaled = np.asarray(Image.fromarray(image).resize((wide, tall), method))
     top, left = round((tall - height) / 2), round((wide - width) / 2)
@@ -189,7 +210,7 @@ def _wrong_choice(preprocess: Preprocess) -> str | None:
         ("dtype", preprocess.dtype, (*DTYPES, None)),
     ):
         if value not in allowed:
-            return f"{name} must be one of {', '.join(map(str, filter(None, allowed)))}, got {value!r}"
+            return f"{name} must be one of {', '.join(map(str, filter(None, allowed)))}, got {shown(value)}"
     return None
 
 
@@ -197,11 +218,13 @@ def _wrong_geometry(preprocess: Preprocess) -> str | None:
     size, resize, crop = preprocess.size, preprocess.resize, preprocess.crop
     pair = isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
     if size is not None and not pair:
-        return f"size must be [height, width] in pixels, got {size!r}"
+        return f"size must be [height, width] in pixels, got {shown(size)}"
+    if isinstance(size, tuple) and size[0] * size[1] > MOST_RESULT:
+        return f"size must have at most {MOST_RESULT} pixels, got {shown(size)}"
     if resize not in ("cover", "stretch") and not (isinstance(resize, int) and resize > 0):
-        return f"resize must be cover, stretch or the pixels of the shorter side, got {resize!r}"
+        return f"resize must be cover, stretch or the pixels of the shorter side, got {shown(resize)}"
     if not isinstance(crop, (int, float)) or not 0 < crop <= 1:
-        return f"crop must be above 0 and at most 1, got {crop!r}"
+        return f"crop must be above 0 and at most 1, got {shown(crop)}"
     return None
 
 
@@ -209,21 +232,25 @@ def _wrong_arithmetic(preprocess: Preprocess) -> str | None:
     channels = 1 if preprocess.channels == "gray" else 3
     for name, value in (("mean", preprocess.mean), ("std", preprocess.std), ("scale", preprocess.scale)):
         numbers = value if isinstance(value, tuple) and name != "scale" else (value,)
-        if not all(isinstance(number, (int, float)) and np.isfinite(number) for number in numbers):
-            return f"{name} must be a number{'' if name == 'scale' else ' or a list of numbers'}, got {value!r}"
+        if not all(isinstance(number, (int, float)) and abs(number) <= LARGEST_NUMBER for number in numbers):
+            return f"{name} must be a number{'' if name == 'scale' else ' or a list of numbers'}, got {shown(value)}"
         if len(numbers) not in (1, channels):
             needed = "1 number" if channels == 1 else "1 or 3 numbers"
             return f"{name} needs {needed} for channels {preprocess.channels}, got {len(numbers)}"
         if name == "std" and not np.all(np.asarray(numbers) > 0):
-            return f"std must be above 0, got {value!r}"
+            return f"std must be above 0, got {shown(value)}"
     return None
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > FILE_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size} bytes, more than a preprocess file's {FILE_BYTES}")
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
-    except ValueError as error:  # of json, of yaml (see below) and of text that is not UTF-8
+    except RecursionError as error:
+        raise InputError(f"{path} cannot be read: its lists are nested too deeply") from error
+    except (ValueError, OSError) as error:  # of json, of yaml (see below) and of text that is not UTF-8
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"{path} must hold a mapping of preprocess keys, got {type(values).__name__}")
@@ -236,9 +263,16 @@ def _parse_yaml(text: str) -> Any:
     except ImportError as error:
         raise InputError("reading a .yaml preprocess file needs PyYAML: pip install pyyaml, or use .json") from error
     try:
+        for count, token in enumerate(yaml.scan(text)):
+            if isinstance(token, yaml.AliasToken):
+                raise ValueError("it has aliases (*name), and few can stand for endless lists; write them out")
+            if count > MOST_TOKENS:
+                raise ValueError(f"it has more than {MOST_TOKENS} marks and words; give Preprocess's fields alone")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error).replace("\n", " ")) from error
+    except (AttributeError, LookupError, TypeError) as error:  # of tags such as !!bool in front of other text
+        raise ValueError(f"a value is not of the kind that its tag says: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,8 @@ from quantkit.errors import InputError
 from quantkit.types import Array, Feed
 
 _HEADING = re.compile(r"=.*=")  # wikitext: " = Title = ", " = = Section = = "
+LINE_BYTES = 1 << 20
+"""A longer line is no text: even 64 long words take a few kilobytes."""
 _BOM = b"\xef\xbb\xbf"
 _ROLES = {
     "input_ids": "ids",
@@ -131,7 +133,9 @@ def _find_lines(path: Path, min_words: int, max_words: int) -> Array:
     """[samples, 2] int64: where each sample starts in the file, and its bytes."""
     fitting, non_blank, offset = [], [], 0
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
+            if len(raw) > LINE_BYTES:
+                raise InputError(f"{path}, line {number} is longer than {LINE_BYTES} bytes; give one sentence per line")
             try:
                 line = raw.removeprefix(_BOM).decode("utf-8").strip()
             except UnicodeDecodeError as error:

@@ -192,6 +192,8 @@ def existing_file(text: str) -> Path:
         raise InputError(f"{path} is a folder; give the .onnx file in it")
     if not path.exists():
         raise InputError(f"there is no file {path}")
+    if not path.is_file():
+        raise InputError(f"{path} is a device or a pipe; give a regular file")
     return path
 
 

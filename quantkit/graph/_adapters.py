@@ -7,6 +7,7 @@ allow more types or add optional attributes need none.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,12 +34,13 @@ class Editor:
         self._taken = {value.name for node in main.all_nodes() for value in node.outputs}
         self._taken |= {node.name for node in main.all_nodes()} | set(main.initializers)
         self._taken |= {value.name for value in main.inputs}
+        self._tried: Counter[str] = Counter()
 
     def name(self, base: str) -> str:
-        name, count = base, 1
+        name = base
         while name in self._taken:
-            count += 1
-            name = f"{base}_{count}"
+            self._tried[base] += 1
+            name = f"{base}_{self._tried[base] + 1}"
         self._taken.add(name)
         return name
 

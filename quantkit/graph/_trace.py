@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from quantkit.errors import InputError
 from quantkit.types import Array
 
 LAYOUT_OPERATORS = frozenset({"Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsqueeze", "Flatten"})
@@ -52,9 +53,19 @@ def is_constant(value: ir.Value) -> bool:
 
 
 def follow(array: Array, path: tuple[ir.Node, ...]) -> Array:
-    """What the layout nodes make of the root's array; a view of it wherever numpy can."""
+    """What the layout nodes make of the root's array; a view of it wherever numpy can.
+
+    Raises:
+        InputError: a node does not fit the array, as a Transpose along axes that it has not.
+    """
     for node in path:
-        array = _STEPS[node.op_type](array, node)
+        try:
+            array = _STEPS[node.op_type](array, node)
+        except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{node.op_type} '{node.name}' cannot re-arrange a weight of shape {list(array.shape)} ({error}): "
+                "export the model again"
+            ) from error
     return array
 
 

@@ -7,11 +7,11 @@ leaves out the coordinate mode), Hardmax-11 and Scan-8.
 
 from __future__ import annotations
 
-import onnx
 import onnx_ir as ir
 from onnxscript import version_converter
 
 from quantkit.graph._adapters import ADAPTERS, BlockedError, Editor, label
+from quantkit.graph._schema import find_schema
 from quantkit.graph._trace import static_shape
 
 __all__ = ["BlockedError", "upgrade"]
@@ -30,7 +30,7 @@ def upgrade(model: ir.Model, opset: int) -> None:
     """
     source = model.opset_imports[""]
     bridge = max(source, min(opset, BRIDGE))
-    known = [node for node in model.graph.all_nodes() if node.domain == "" and _schema(node.op_type, source)]
+    known = [node for node in model.graph.all_nodes() if node.domain == "" and find_schema(node.op_type, source)]
     if source < bridge:
         editor = Editor(model.graph)
         for node in known:
@@ -68,16 +68,9 @@ def _set_version(model: ir.Model, version: int) -> None:
                 node.version = version
 
 
-def _schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
-    try:
-        return onnx.defs.get_schema(op_type, version, "")
-    except onnx.defs.SchemaError:
-        return None
-
-
 def _check_schema(node: ir.Node, opset: int) -> None:
     """The node is valid in the new opset as far as names and counts go."""
-    schema = _schema(node.op_type, opset)
+    schema = find_schema(node.op_type, opset)
     if schema is None or schema.deprecated:
         raise BlockedError(f"opset {opset} has no operator {label(node)}")
     strange = sorted(set(node.attributes) - set(schema.attributes))

@@ -6,21 +6,26 @@ Large weights stay where they are: external data is memory-mapped, and no step s
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from quantkit.errors import InputError
 from quantkit.graph import _checks
+from quantkit.graph._schema import cause_of, check_attributes, check_schema
 from quantkit.graph.normalize import normalize
 from quantkit.graph.targets import DTYPE_NAMES, weight_values
 
 MIN_OPSET = 7
+BROKEN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What the passes raise on models that no operator's schema allows."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,20 @@ def load_model(model: str | Path | onnx.ModelProto | ir.Model, *, opset: int = 2
     with quiet():
         opened, size, digest = open_model(model)
         _check_versions(opened, where)
-        spare = opened.clone()
+        check_attributes(opened, where)
+        spare = _copy(opened, where)
         try:
             normalised, notes = normalize(opened, opset, where)
+            _checks.check_weights(normalised, where)
+            return LoadedModel(normalised, source, size, digest, (*notes, *_weight_notes(normalised)))
         except InputError:
             raise
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            _checks.check_schema(spare, where)  # a broken model explains itself here
-            raise
-    _checks.check_weights(normalised, where)
-    return LoadedModel(normalised, source, size, digest, (*notes, *_weight_notes(normalised)))
+        except BROKEN as error:
+            check_schema(spare, where)  # a broken model explains itself here
+            raise InputError(
+                f"{where} cannot be prepared ({type(error).__name__}: {cause_of(error)}); if onnxruntime runs it, "
+                "simplify it, for instance with onnxscript's optimizer, and try again"
+            ) from error
 
 
 def open_model(model: object) -> tuple[ir.Model, int, str]:
@@ -94,7 +103,10 @@ def quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        yield
+        # NaN and infinity of a broken model show in its weights afterwards.
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -138,10 +150,7 @@ def _open_proto(proto: onnx.ModelProto) -> tuple[ir.Model, int, str]:
 
 def _open_ir(original: ir.Model) -> tuple[ir.Model, int, str]:
     _checks.check_connected(original, "the model")
-    try:
-        model = original.clone()
-    except RuntimeError as error:
-        raise InputError("the nodes of the model are not in order: sort them, each after what it reads") from error
+    model = _copy(original, "the model")
     for value in _values(model):
         if isinstance(value.type, ir.TensorType):  # a clone shares its types with the original, and they are mutable
             value.type = ir.TensorType(value.type.dtype)
@@ -150,12 +159,18 @@ def _open_ir(original: ir.Model) -> tuple[ir.Model, int, str]:
     return model, *_checks.measure(model)
 
 
+def _copy(model: ir.Model, where: str) -> ir.Model:
+    try:
+        return model.clone()
+    except RuntimeError as error:
+        raise InputError(f"the nodes of {where} are not in order: sort them, each after what it reads") from error
+
+
 def _to_ir(proto: onnx.ModelProto, where: str) -> ir.Model:
     try:
         model = ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"{where} is not a valid ONNX model: {cause[:300]}; export it again") from error
+        raise InputError(f"{where} is not a valid ONNX model: {cause_of(error)}; export it again") from error
     _checks.check_connected(model, where)
     try:
         passes.TopologicalSortPass()(model)
@@ -212,5 +227,8 @@ def _check_versions(model: ir.Model, where: str) -> None:
             model.opset_imports[""] = MIN_OPSET  # nothing to upgrade
             return
         raise InputError(f"{where} imports no opset of the default ONNX domain: export it again")
+    latest = onnx.defs.onnx_opset_version()
+    if version > latest:
+        raise InputError(f"{where} has opset {version}, but the installed onnx knows none after {latest}: update onnx")
     if version < MIN_OPSET:
         raise InputError(f"{where} has opset {version}, older than {MIN_OPSET}: export it again with a newer opset")

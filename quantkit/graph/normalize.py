@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from quantkit.errors import InputError
 from quantkit.graph._fold import fold_layers
+from quantkit.graph._schema import cause_of, find_schema
 from quantkit.graph._trace import LAYOUT_OPERATORS
 from quantkit.graph._upgrade import BlockedError, upgrade
 
@@ -19,6 +24,16 @@ LARGE = 1 << 20
 """Bytes from which a weight is not copied only to re-arrange it: `find_targets` sees through layout operators."""
 SMALL_OUTPUT = 8192
 """Elements up to which folding may make a constant larger than what it replaces."""
+SHRINKING = frozenset({"Compress", "NonZero", "Unique"})
+"""Operators whose results have a size that depends on the data, and at most a few times theirs."""
+MOST_NODES = 1 << 20
+"""Nodes of the largest model that functions may stand for."""
+SMALL_DATA = 1024
+"""Elements up to which a constant is shown to inference, which reads target shapes from it."""
+INFERENCE_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, ir.serde.SerdeError),
+    *(onnx.checker.ValidationError, onnx.shape_inference.InferenceError),
+)
 FALLBACK_OPSET = 13
 """A model at least this new is usable as it is when its upgrade fails."""
 
@@ -67,13 +82,36 @@ def _inline(model: ir.Model, where: str, notes: list[str]) -> None:
     if not model.functions:
         return
     count = len(model.functions)
+    _check_growth(model, where)
     try:
         passes.InlinePass()(model)
     except (ValueError, ir.passes.PassError, ir.passes.PreconditionError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"a function of {where} cannot be inlined: {cause}; export the model without it") from error
+        raise InputError(
+            f"a function of {where} cannot be inlined: {cause_of(error)}; export the model without it"
+        ) from error
     model.functions.clear()
     notes.append(f"inlined {count} model-local function{'s' if count > 1 else ''}")
+
+
+def _check_growth(model: ir.Model, where: str) -> None:
+    """Functions that call each other twice, and so on, would inline to more nodes than fit anywhere."""
+    calls = {
+        name: Counter(node.op_identifier() for node in function.all_nodes())
+        for name, function in model.functions.items()
+    }
+    try:
+        order = list(TopologicalSorter({key: set(count) & set(calls) for key, count in calls.items()}).static_order())
+    except CycleError:
+        return  # the inlining tells
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+    for key in order:
+        sizes[key] = sum(number * sizes.get(called, 1) for called, number in calls[key].items())
+    total = sum(sizes.get(node.op_identifier(), 1) for node in model.graph.all_nodes())
+    if total > MOST_NODES:
+        raise InputError(
+            f"the functions of {where} stand for {total} nodes once inlined, more than {MOST_NODES}: "
+            "export the model without functions"
+        )
 
 
 def _upgrade(model: ir.Model, opset: int, where: str, notes: list[str]) -> ir.Model:
@@ -112,7 +150,7 @@ def _fold_constants(model: ir.Model, notes: list[str]) -> ir.Model:
             onnx_shape_inference=True,
             input_size_limit=1 << 62,
             output_size_limit=SMALL_OUTPUT,
-            should_fold=_should_fold,
+            should_fold=partial(_should_fold, version=candidate.opset_imports.get("", 1)),
         )
     except (RuntimeError, ValueError) as error:
         notes.append(f"constants not folded: {' '.join(str(error).split())}")
@@ -121,12 +159,43 @@ def _fold_constants(model: ir.Model, notes: list[str]) -> ir.Model:
     return candidate
 
 
-def _should_fold(node: ir.Node) -> bool | None:
-    """False for layout operators on large weights; None leaves the decision to the folder's own rules."""
-    if node.op_type not in LAYOUT_OPERATORS:
+def _should_fold(node: ir.Node, version: int) -> bool | None:
+    """False for layout operators on large weights, and where the result may be large, which shows only once it is made.
+
+    None leaves the decision to the folder's own rules.
+    """
+    tensors = {value.name: value.const_value for value in node.inputs if value is not None and value.const_value}
+    if node.op_type in LAYOUT_OPERATORS:
+        return False if any(tensor.nbytes >= LARGE for tensor in list(tensors.values())[:1]) else None
+    if node.op_type in SHRINKING or node.domain not in ("", "ai.onnx"):
         return None
-    tensor = node.inputs[0].const_value if node.inputs and node.inputs[0] is not None else None
-    return False if tensor is not None and tensor.nbytes >= LARGE else None
+    size = _result_size(node, tensors, version)
+    largest = max(SMALL_OUTPUT, sum(tensor.size for tensor in tensors.values()))
+    return None if size is not None and size <= largest else False
+
+
+def _result_size(node: ir.Node, tensors: Mapping[str | None, ir.TensorProtocol], version: int) -> int | None:
+    """Elements of what a node makes of constants; None when inference cannot tell. Shapes in the file may be wrong."""
+    schema = find_schema(node.op_type, version)
+    if schema is None:
+        return None
+    types, data = {}, {}
+    for name, tensor in tensors.items():
+        types[name] = ir.serde.serialize_type(ir.TensorType(tensor.dtype))
+        ir.serde.serialize_shape_into(types[name], ir.Shape(tensor.shape.numpy()))
+        if tensor.size <= SMALL_DATA:
+            data[name] = ir.serde.serialize_tensor(tensor)
+    try:
+        made = onnx.shape_inference.infer_node_outputs(schema, ir.serde.serialize_node(node), types, data)  # type: ignore[arg-type]
+    except INFERENCE_ERRORS:
+        return None
+    total = 0
+    for kind in made.values():
+        dims = kind.tensor_type.shape.dim
+        if not kind.tensor_type.HasField("shape") or not all(dim.HasField("dim_value") for dim in dims):
+            return None
+        total += math.prod(dim.dim_value for dim in dims)
+    return total if len(made) == len(node.outputs) else None
 
 
 def _tidy(model: ir.Model) -> None:
@@ -157,6 +226,7 @@ def _straighten(model: ir.Model) -> None:
 def name_nodes(model: ir.Model) -> None:
     """Every node gets a name that no other node of the model has; one without is called after what it makes."""
     taken: set[str] = set()
+    tried: Counter[str] = Counter()
     unnamed: list[ir.Node] = []
     for node in model.graph.all_nodes():
         if node.name and node.name not in taken:
@@ -166,10 +236,10 @@ def name_nodes(model: ir.Model) -> None:
     for node in unnamed:
         made = next((value.name for value in node.outputs if value.name), "")
         base = node.name or f"{node.op_type}/{made}"
-        name, count = base, 1
+        name = base
         while name in taken:
-            count += 1
-            name = f"{base}_{count}"
+            tried[base] += 1
+            name = f"{base}_{tried[base] + 1}"
         node.name = name
         taken.add(name)
 

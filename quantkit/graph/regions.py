@@ -49,6 +49,14 @@ class Regions:
         return low, high
 
 
+def moved(model: ir.Model, name: str, regions: Regions) -> bool:
+    """Whether a value is what a shape operator made of codes: the value before it has told everything."""
+    return any(
+        str(node.name) in regions.code_nodes and any(str(value.name) == name for value in node.outputs)
+        for node in model.graph
+    )
+
+
 class _Finder:
     """One walk over the main graph: which operators compute on integers."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from quantkit.errors import InputError
 from quantkit.graph._ignore import apply_ignore
 from quantkit.graph._trace import Trace, follow, is_constant, static_shape, trace
 from quantkit.types import Array, FloatArray, Layout, Target, Use
@@ -69,7 +70,7 @@ def find_targets(model: ir.Model, ignore: Sequence[str] = ()) -> tuple[dict[str,
             `re:PATTERN`, a regular expression that must match the whole of one of these names; `op:TYPE`, an operator.
 
     Raises:
-        InputError: an entry of `ignore` that matches nothing.
+        InputError: an entry of `ignore` that matches nothing, or a weight of a shape that its operator cannot read.
     """
     found: list[_Found] = []
     untouched: list[Untouched] = []
@@ -137,6 +138,7 @@ def _examine(node: ir.Node, suffix: str, use: Use) -> _Found | Untouched | None:
     name = _node_name(node) + suffix
     if reason is not None:
         return Untouched(name, node.op_type, reason)
+    _check_shape(node, origin.root, shape)
     matrix, groups, layout = _orientation(node, shape)
     target = Target(name, node.op_type, (use,), origin.root, matrix, groups, layout, origin.path)
     return _Found(target, (origin.root, node.op_type, suffix, matrix, groups, layout, path_key(origin.path)))
@@ -177,8 +179,7 @@ def _root_reason(origin: Trace) -> str | None:
     if origin.root.is_graph_output():
         return "the weight is also a graph output"
     assert origin.root.const_value is not None
-    casts = [node.attributes["to"].as_int() for node in origin.path if node.op_type == "Cast"]
-    dtypes = [origin.root.const_value.dtype, *(ir.DataType(to) for to in casts)]
+    dtypes = [origin.root.const_value.dtype, *(_cast_type(node) for node in origin.path if node.op_type == "Cast")]
     for dtype in dtypes:
         if not dtype.is_floating_point():
             return f"integer weight ({dtype.name.lower()})"
@@ -187,6 +188,14 @@ def _root_reason(origin: Trace) -> str | None:
     if dtypes[-1] != ir.DataType.FLOAT:
         return f"{DTYPE_NAMES[dtypes[-1]]} weight: convert the model to float32 first"
     return None
+
+
+def _cast_type(node: ir.Node) -> ir.DataType:
+    to = node.attributes["to"].as_int()
+    try:
+        return ir.DataType(to)
+    except ValueError as error:
+        raise InputError(f"Cast '{node.name}' makes the unknown data type {to}: export the model again") from error
 
 
 def _shape_reason(node: ir.Node, shape: tuple[int, ...]) -> str | None:
@@ -209,6 +218,19 @@ def _mask_reason(node: ir.Node, origin: Trace) -> str | None:
     if node.op_type == "Gather" and not (np.abs(_array(origin.root)) < MASK_VALUE).all():
         return "the table holds infinities, as a mask does"
     return None
+
+
+def _check_shape(node: ir.Node, root: ir.Value, shape: tuple[int, ...]) -> None:
+    """The operator can read a weight of this shape at all."""
+    ranks = {"Gemm": (2,), "LSTM": (3,), "GRU": (3,), "RNN": (3,), "Conv": range(3, 9), "ConvTranspose": range(3, 9)}
+    groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    whole = node.op_type not in ("Conv", "ConvTranspose") or (groups > 0 and shape[0] % groups == 0)
+    if len(shape) not in ranks.get(node.op_type, (len(shape),)) or not whole:
+        grouped = f" in {groups} groups" if groups != 1 else ""
+        raise InputError(
+            f"{node.op_type} '{_node_name(node)}' cannot read the weight '{root.name}' of shape {list(shape)}{grouped}"
+            ": export the model again"
+        )
 
 
 def _orientation(node: ir.Node, shape: tuple[int, ...]) -> tuple[tuple[int, int], int, Layout]:
