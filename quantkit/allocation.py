@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quantkit.allocators._table import Allocation, impossible
+from quantkit.allocators._drop import SPARE_ERRORS
+from quantkit.allocators._table import Allocation, again, impossible
 from quantkit.budget import Budget
 from quantkit.candidate import CALIBRATION_METHODS, Candidate, Context, Recipe, assemble, bias_shifts, build
 from quantkit.costs.size import layer_bytes
@@ -17,7 +18,7 @@ from quantkit.problem import Ledger, bits_label, make_problem
 from quantkit.report.build import sensitivities
 from quantkit.report.progress import Progress
 from quantkit.report.types import Contender, SensitivityRow
-from quantkit.types import Allocator, LayerPlan, Measurement, Plan, QuantSpec
+from quantkit.types import AllocationProblem, Allocator, LayerPlan, Measurement, Plan, QuantSpec
 
 TRIES = 4
 CORRECTION_GAIN_DB = 0.3
@@ -47,18 +48,36 @@ class Outcome:
 
 def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
     """Choose a calibrator, widths and forms."""
-    ledger = Ledger(context)
+    ledger = Ledger(context, budget.max_bops)
     with progress.task("choosing the calibrator"):
         recipe = Recipe(_calibrator(context, ledger))
     with progress.task("allocating bits"):
+        if budget.max_latency is not None and context.held_out is not None:
+            # One measured model shows what no layer alone does, before anything is predicted.
+            ledger.measure(ledger.build(dict.fromkeys(context.targets, QuantSpec(8)), recipe, "8 bits"))
         candidate, allocation = _allocated(budget, recipe, ledger)
-        sentences = impossible(make_problem(ledger, budget, recipe, _fixed_size(context, candidate)))
-        allocation = replace(allocation, notes=(*allocation.notes, *sentences))
+        problem = make_problem(ledger, budget, recipe, _fixed_size(context, candidate))
+        allocation = replace(allocation, notes=(*allocation.notes, *impossible(problem)))
         candidate, recipe = _corrected(budget, recipe, candidate, ledger)
-        candidate = _within_latency(budget, recipe, candidate, ledger)
-    candidate, recipe = _sequenced(recipe, candidate, ledger)
-    plan = _plan(context, candidate, recipe, sensitivities(allocation, candidate.asked))
+        candidate = _within_latency(problem, allocation, recipe, candidate, ledger)
+    candidate, recipe = _sequenced(budget, recipe, candidate, ledger)
+    allocation = replace(allocation, notes=(*allocation.notes, *_doubts(budget, candidate, ledger)))
+    plan = plan_of(context, candidate, recipe, sensitivities(allocation, candidate.asked))
     return Outcome(candidate, plan, ledger.contenders(candidate), allocation)
+
+
+def _doubts(budget: Budget, candidate: Candidate, ledger: Ledger) -> list[str]:
+    """Where the accuracy is kept by so little that other samples may find otherwise."""
+    context = ledger.context
+    if budget.max_drop is None or (context.held_out is None and context.evaluation is None):
+        return []
+    found = ledger.measure(candidate)
+    if not budget.keeps(found.drop) or budget.keeps(found.drop + SPARE_ERRORS * found.drop_error):
+        return []
+    return [
+        f"the accuracy budget is kept by less than a standard error: the drop is {found.drop:.4f} +- "
+        f"{found.drop_error:.4f}; more evaluation data would tell more"
+    ]
 
 
 def _calibrator(context: Context, ledger: Ledger) -> str:
@@ -91,10 +110,19 @@ def _allocated(budget: Budget, recipe: Recipe, ledger: Ledger) -> tuple[Candidat
     limit = budget.max_bytes(context.loaded.size)
     ours, theirs = ledger.measure(candidate), ledger.measure(uniform)
     if budget.max_drop is not None:
-        kept = [item for item, found in ((candidate, ours), (uniform, theirs)) if found.drop <= budget.max_drop]
-        return min(kept, key=lambda item: item.size, default=candidate), allocation
+        return _smaller(budget, [(candidate, ours), (uniform, theirs)]), allocation
     fits = limit is None or uniform.size <= max(limit, candidate.size)
-    return uniform if fits and theirs.loss < ours.loss else candidate, allocation
+    quick = budget.max_latency is None or theirs.latency <= max(budget.max_latency, ours.latency)
+    return uniform if fits and quick and theirs.loss < ours.loss else candidate, allocation
+
+
+def _smaller(budget: Budget, pairs: Sequence[tuple[Candidate, Measurement]]) -> Candidate:
+    """The smallest that keeps the accuracy, by a standard error where any does; the first where none does."""
+    for errors in (SPARE_ERRORS, 0.0):
+        kept = [item for item, found in pairs if budget.keeps(found.drop + errors * found.drop_error)]
+        if kept:
+            return min(kept, key=lambda item: item.size)
+    return pairs[0][0]
 
 
 def _fixed_size(context: Context, candidate: Candidate) -> int:
@@ -151,20 +179,29 @@ def _corrected(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Led
     label = f"{candidate.name}, bias corrected"
     other = ledger.build(specs, corrected, label, budget.max_latency)
     before, after = ledger.measure(candidate), ledger.measure(other)
-    return (other, corrected) if after.sqnr > before.sqnr + CORRECTION_GAIN_DB else (candidate, recipe)
+    better = after.sqnr > before.sqnr + CORRECTION_GAIN_DB and _stays_within(budget, candidate, other, ledger)
+    return (other, corrected) if better else (candidate, recipe)
 
 
-def _within_latency(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Ledger) -> Candidate:
+def _stays_within(budget: Budget, candidate: Candidate, other: Candidate, ledger: Ledger) -> bool:
+    """Whether a model keeps the size that the first one keeps: corrected biases are new bytes."""
+    limit = budget.max_bytes(ledger.context.loaded.size)
+    return limit is None or other.size <= max(limit, candidate.size)
+
+
+def _within_latency(
+    problem: AllocationProblem, allocation: Allocation, recipe: Recipe, candidate: Candidate, ledger: Ledger
+) -> Candidate:
     """Measure; without a latency budget, never end slower than float; with one, approach it from either side."""
     if ledger.context.held_out is None:
         return candidate
     figures = ledger.measure(candidate)
-    if budget.max_latency is None:
+    if problem.budget.max_latency is None:
         return candidate if figures.latency <= SLOWER else _not_slower(recipe, candidate, figures, ledger)
-    return _approach(budget.max_latency, recipe, (candidate, figures), ledger)
+    return _approach(problem, allocation, recipe, (candidate, figures), ledger)
 
 
-def _sequenced(recipe: Recipe, candidate: Candidate, ledger: Ledger) -> tuple[Candidate, Recipe]:
+def _sequenced(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Ledger) -> tuple[Candidate, Recipe]:
     """Every layer quantized again, on what the layers before it really produce: kept when asked for, or when better."""
     context = ledger.context
     wanted = context.options.inputs
@@ -176,24 +213,43 @@ def _sequenced(recipe: Recipe, candidate: Candidate, ledger: Ledger) -> tuple[Ca
     narrow = any(option.spec.average_bits(inputs[name]) < FINE for name, option in candidate.chosen.items())
     if wanted == "auto" and not narrow:
         return candidate, recipe
-    sequential = replace(recipe, sequential=True)
+    other = _in_sequence(candidate, recipe, ledger)
+    limit = budget.max_bytes(context.loaded.size)
+    if limit is not None and not _stays_within(budget, candidate, other, ledger) and budget.max_latency is None:
+        # The biases that it corrects are new bytes: bits make room for them.
+        tighter = replace(budget, max_size=max(2 * limit - other.size, 1))
+        retried = _in_sequence(_allocated(tighter, recipe, ledger)[0], recipe, ledger)
+        other = retried if retried.size <= limit else other
+    before, after = ledger.measure(candidate), ledger.measure(other)
+    better = after.sqnr > before.sqnr and _stays_within(budget, candidate, other, ledger)
+    kept = wanted == "quantized" or better
+    return (other, replace(recipe, sequential=True)) if kept else (candidate, recipe)
+
+
+def _in_sequence(candidate: Candidate, recipe: Recipe, ledger: Ledger) -> Candidate:
+    """The same widths and forms, each layer quantized on what the quantized ones before it produce."""
     regions, params = candidate.emission.regions, candidate.emission.activations
     label = f"{candidate.name}, on quantized inputs"
-    other = assemble(context, candidate.chosen, regions, params, label, sequential)
-    other = replace(other, asked=candidate.asked)
-    before, after = ledger.measure(candidate), ledger.measure(other)
-    return (other, sequential) if wanted == "quantized" or after.sqnr > before.sqnr else (candidate, recipe)
+    sequential = replace(recipe, sequential=True)
+    other = assemble(ledger.context, candidate.chosen, regions, params, label, sequential)
+    return replace(other, asked=candidate.asked)
 
 
-def _approach(wanted: float, recipe: Recipe, start: tuple[Candidate, Measurement], ledger: Ledger) -> Candidate:
+def _approach(
+    problem: AllocationProblem,
+    allocation: Allocation,
+    recipe: Recipe,
+    start: tuple[Candidate, Measurement],
+    ledger: Ledger,
+) -> Candidate:
     """The most faithful of a few candidates that are fast enough, else the fastest.
 
     Layers are measured alone, so their sum only predicts the model's time: what is asked of the prediction is
-    corrected by what was measured, until the forms no longer change.
+    corrected by what was measured, for widths and forms, until they no longer change.
     """
-    context = ledger.context
+    context, wanted = ledger.context, problem.budget.max_latency
+    assert wanted is not None
     candidate, figures = start
-    specs = candidate.asked
     tried = [(candidate, figures)]
     asked = wanted
     label = candidate.name
@@ -201,14 +257,22 @@ def _approach(wanted: float, recipe: Recipe, start: tuple[Candidate, Measurement
         if ROOM * wanted <= figures.latency <= wanted:
             break
         asked *= min(max(AIM * wanted / figures.latency, 1 / LARGEST_STEP), LARGEST_STEP)
-        candidate = build(context, specs, recipe, name=f"{label} ({attempt + 2})", max_latency=asked)
+        specs = candidate.asked
+        if candidate.asked == allocation.specs:
+            specs = again(replace(problem, budget=replace(problem.budget, max_latency=asked)), allocation)
+            allocation = replace(allocation, specs=specs)
+        name = f"{label} ({attempt + 2})"
+        candidate = build(context, specs, recipe, name=name, max_latency=asked, max_bops=ledger.max_bops)
         if candidate.content in {other.content for other, _ in tried}:
             break
         figures = ledger.measure(candidate)
         tried.append((candidate, figures))
-    fitting = [pair for pair in tried if pair[1].latency <= wanted]
-    if not fitting and context.options.activations != "8":  # where integers do not pay, floats may
-        plain = build(context, specs, recipe, name=f"{label}, weights only", integer="none")
+    limit = problem.budget.max_bytes(problem.float_size)
+    most = max(limit or 0, start[0].size)
+    fitting = [pair for pair in tried if pair[1].latency <= wanted and (limit is None or pair[0].size <= most)]
+    if not fitting and context.options.activations != "8" and ledger.max_bops is None:
+        # Where integers do not pay, floats may.
+        plain = build(context, start[0].asked, recipe, name=f"{label}, weights only", integer="none")
         tried.append((plain, ledger.measure(plain)))
         fitting = [pair for pair in tried[-1:] if pair[1].latency <= wanted]
     if fitting:
@@ -218,13 +282,14 @@ def _approach(wanted: float, recipe: Recipe, start: tuple[Candidate, Measurement
 
 def _not_slower(recipe: Recipe, candidate: Candidate, figures: Measurement, ledger: Ledger) -> Candidate:
     context = ledger.context
-    if context.options.activations == "8":
+    if context.options.activations == "8" or ledger.max_bops is not None:
         return candidate
     other = build(context, candidate.asked, recipe, name=f"{candidate.name}, weights only", integer="none")
     return other if ledger.measure(other).latency < figures.latency else candidate
 
 
-def _plan(context: Context, candidate: Candidate, recipe: Recipe, rows: Sequence[SensitivityRow]) -> Plan:
+def plan_of(context: Context, candidate: Candidate, recipe: Recipe, rows: Sequence[SensitivityRow]) -> Plan:
+    """The candidate's decisions, and the settings that repeat them."""
     losses = {name: _losses(row) for row in rows for name in row.layers}
     layers = {
         name: LayerPlan(option.spec, option.form, _reason(option) + losses.get(name, ""))
@@ -235,9 +300,12 @@ def _plan(context: Context, candidate: Candidate, recipe: Recipe, rows: Sequence
         "allocator": options.allocator,
         "quantizer": options.quantizer,
         "calibrator": recipe.calibrator,
+        "scheme": recipe.scheme,
         "bias_correction": recipe.bias_correction,
         "inputs": "quantized" if recipe.sequential else "float",
         "augment": options.augment,
+        "holdout": options.holdout,
+        "calibration_size": options.calibration_size,
         "calibrated": context.held_out is not None,
         "target": options.target,
         "seed": options.seed,

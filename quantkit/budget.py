@@ -90,6 +90,10 @@ class Budget:
         """True when nothing is constrained."""
         return all(getattr(self, item.name) is None for item in fields(self))
 
+    def keeps(self, drop: float) -> bool:
+        """Whether a loss of the metric is within `max_drop`."""
+        return self.max_drop is None or drop <= self.max_drop
+
     def max_bytes(self, float_size: int) -> int | None:
         """`max_size` in bytes, for a float file of so many bytes."""
         return _absolute(self.max_size, float_size)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 
 import onnx_ir as ir
@@ -18,8 +19,9 @@ from quantkit.costs.bops import macs, shapes_of
 from quantkit.costs.latency import LatencyCache
 from quantkit.costs.layers import LayerTimes
 from quantkit.divergence import Divergence
-from quantkit.evaluation import Evaluation
-from quantkit.forms import Chooser, Option, choose_forms, static_layers
+from quantkit.evaluation import Evaluation, agreement_error
+from quantkit.feeds import samples_of, shapes_in, typical_feed
+from quantkit.forms import Chooser, Option, choose_forms, operations_limits, static_layers
 from quantkit.graph.bias import bias_shift, correctable
 from quantkit.graph.emit import Assignment, Emission, Emitted, emit, emitter, in_memory
 from quantkit.graph.load import LoadedModel
@@ -129,6 +131,14 @@ class Context:
         """(float ms, form ms) of a layer on the typical held-out feed."""
         return self.times.cost(target, spec, form, rows)
 
+    def chooser(
+        self, activations: str, static: Iterable[str], activation_of: Mapping[str, ActParams], *, timed: bool = False
+    ) -> Chooser:
+        """Forms by this run's data; the arguments are those of Chooser."""
+        names, runtime, group_size = frozenset(static), self.options.target, self.options.group_size
+        functions = (self.stats, self.quantize, self.cost)
+        return Chooser(runtime, activations, group_size, names, activation_of, *functions, timed)
+
     @cached_property
     def times(self) -> LayerTimes:
         known = self.held_out is not None and self.calibration is not None
@@ -143,7 +153,7 @@ class Context:
         if self.held_out is None:
             return None
         feed = typical_feed(self.held_out.feeds)
-        parts = {"model": self.loaded.digest, "shapes": _shapes(feed), "threads": self.options.threads}
+        parts = {"model": self.loaded.digest, "shapes": shapes_in(feed), "threads": self.options.threads}
         known = self.cache.get(parts)
         if known is None:
             clock = undisturbed_clock(self.options.threads)
@@ -201,27 +211,24 @@ class Candidate:
     asked: Mapping[str, QuantSpec] = field(default_factory=dict)
 
 
-def samples_of(feed: Feed) -> int:
-    return max((len(array) for array in feed.values() if array.ndim), default=1)
-
-
-def typical_feed(feeds: Sequence[Feed]) -> Feed:
-    """The feed of median size: what a latency budget is about."""
-    ordered = sorted(feeds, key=lambda feed: sum(value.size for value in feed.values()))
-    return ordered[len(ordered) // 2]
-
-
 def activation_params(
-    regions: Regions, histograms: Mapping[str, Distribution], calibrator: str
+    regions: Regions, histograms: Mapping[str, Distribution], calibrator: str, scheme: str = "asymmetric"
 ) -> dict[str, ActParams]:
     """group -> scale and zero point, from its histogram and within what its absorbed Relu/Clip allow."""
     clip = {name: getattr(accumulators, f"clip_{name}") for name in CALIBRATION_METHODS}[calibrator]
     params = {}
     for group in dict.fromkeys(regions.groups.values()):
-        low, high = clip(histograms[group])
+        low, high = clip(next(histograms[name] for name in (group, *regions.members(group)) if name in histograms))
         least, most = regions.bounds(group)
-        params[group] = accumulators.act_params(max(low, least), min(high, most))
+        params[group] = accumulators.act_params(max(low, least), min(high, most), scheme_within(scheme, least, most))
     return params
+
+
+def scheme_within(scheme: str, least: float, most: float) -> str:
+    """The scheme, as far as it still ends where an absorbed Relu or Clip does: nothing else cuts the values there."""
+    if most < math.inf:
+        return "asymmetric"
+    return "unsigned" if scheme == "symmetric" and least == 0 else scheme
 
 
 @dataclass(frozen=True)
@@ -232,11 +239,13 @@ class Recipe:
         calibrator: how ranges are taken from histograms.
         bias_correction: shift biases by what rounding does to the outputs' means.
         sequential: quantize every layer on what the quantized layers before it produce; biases then always follow.
+        scheme: how a range becomes scale and zero point, see `act_params`.
     """
 
     calibrator: str
     bias_correction: bool = False
     sequential: bool = False
+    scheme: str = "asymmetric"
 
 
 def build(
@@ -246,6 +255,7 @@ def build(
     *,
     name: str,
     max_latency: float | None = None,
+    max_bops: int | Fraction | None = None,
     integer: str | None = None,
 ) -> Candidate:
     """Choose forms for the widths, quantize, emit.
@@ -253,6 +263,7 @@ def build(
     Args:
         specs: target name -> width, or widths of its groups; absent targets stay float.
         recipe: calibrator and bias correction.
+        max_latency, max_bops: budgets that the forms keep.
         integer: overrides the run's `activations` option.
     """
     options = context.options
@@ -261,24 +272,15 @@ def build(
     model = context.loaded.model
     static = static_layers(model, targets, options.target, mode) if context.histograms else {}
     regions = find_regions(model, [node for nodes in static.values() for node in nodes])
-    params = activation_params(regions, context.histograms, recipe.calibrator)
+    params = activation_params(regions, context.histograms, recipe.calibrator, recipe.scheme)
     inputs = {key: params[regions.groups[str(targets[key].uses[0].data.name)]] for key in static}
-    chooser = Chooser(
-        runtime=options.target,
-        activations=mode,
-        group_size=options.group_size,
-        static=frozenset(static),
-        activation_of=inputs,
-        stats=context.stats,
-        quantize=context.quantize,
-        cost=context.cost,
-        timed=max_latency is not None,
-    )
+    chooser = context.chooser(mode, static, inputs, timed=max_latency is not None)
     context.quantize_many([(key, spec) for key in specs for _, spec in chooser.specs(targets[key], specs[key])])
     choices = {key: chooser.options(target, specs[key]) for key, target in targets.items()}
     model_ms = context.model_ms
-    rest = 0.0 if max_latency is None or model_ms is None else context.times.rest_ms(model_ms, static)
-    chosen = choose_forms(choices, model_ms=model_ms, max_latency=max_latency, rest_ms=rest)
+    correction = 1.0 if max_latency is None or model_ms is None else context.times.correction(model_ms, static)
+    limits = operations_limits(context.targets, choices, context.stats, max_bops)
+    chosen = choose_forms(choices, model_ms=model_ms, max_latency=max_latency, correction=correction, limits=limits)
     return replace(assemble(context, chosen, regions, params, name, recipe), asked=dict(specs))
 
 
@@ -355,18 +357,20 @@ def measure(context: Context, candidate: Candidate) -> Measurement:
     session = make_session(candidate.emitted.model, threads=context.options.threads)
     if context.held_out is None:
         assert context.evaluation is not None
-        return Measurement(candidate.size, 0.0, context.evaluation.drop(session), 1.0)
+        drop, error = context.evaluation.drop_with_error(session)
+        return Measurement(candidate.size, 0.0, drop, 1.0, drop_error=error)
     outputs = run_all(session, context.held_out.feeds)
     found = compare(context.held_out.outputs, outputs)
     if context.evaluation is not None:
-        drop = context.evaluation.drop(session)
+        drop, error = context.evaluation.drop_with_error(session)
     else:
         drop = 1 - (found.cosine if found.top1_agreement is None else found.top1_agreement)
+        error = agreement_error(context.held_out.outputs, outputs)
     loss = context.divergence.mean([context.held_out.outputs], [outputs])
     latency = relative_latency(context, candidate, session)
     if context.model_ms is not None:
         context.times.remember(candidate.chosen, latency * context.model_ms)
-    return Measurement(candidate.size, found.sqnr, drop, latency, loss)
+    return Measurement(candidate.size, found.sqnr, drop, latency, loss, error)
 
 
 def relative_latency(context: Context, candidate: Candidate, session: Session, *, check: bool = False) -> float:
@@ -380,19 +384,16 @@ def relative_latency(context: Context, candidate: Candidate, session: Session, *
     parts = {
         "emitted": candidate.content,
         "model": context.loaded.digest,
-        "shapes": _shapes(feed),
+        "shapes": shapes_in(feed),
         "threads": context.options.threads,
     }
-    known = context.cache.get(parts)
+    known, sessions = context.cache.get(parts), [context.held_out.session, session]
+    clock = undisturbed_clock(context.options.threads)
     if known is None:
-        known = time_sessions([context.held_out.session, session], feed, seconds=TIMING_SECONDS)
+        known = time_sessions(sessions, feed, seconds=TIMING_SECONDS, clock=clock)
         known = context.cache.put(parts, known)
     elif check:
-        fresh = time_sessions([context.held_out.session, session], feed, seconds=TIMING_SECONDS)
+        fresh = time_sessions(sessions, feed, seconds=TIMING_SECONDS, clock=clock)
         if abs(math.log(fresh[1] / fresh[0] / (known[1] / known[0]))) > LATENCY_DOUBT:
             known = context.cache.put(parts, fresh, replace=True)
     return known[1] / known[0]
-
-
-def _shapes(feed: Feed) -> dict[str, list[int]]:
-    return {name: list(value.shape) for name, value in sorted(feed.items())}

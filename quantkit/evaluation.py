@@ -18,6 +18,8 @@ from quantkit.types import Array
 from quantkit.userfunction import import_function
 
 LABELS = "labels"
+PARTS = 20
+"""Of the samples, for the jackknife: its own figure is then known to a sixth."""
 Outputs = Mapping[str, Array]
 Score = Callable[[Outputs, Outputs, Outputs], float]
 
@@ -49,8 +51,11 @@ class Evaluation:
     def measure(self, session: Session) -> float:
         """The metric of one model."""
         outputs, feeds = self._run(session)
+        return self._figure(outputs, self._float_outputs, feeds)
+
+    def _figure(self, outputs: Outputs, reference: Outputs, feeds: Outputs) -> float:
         try:
-            figure = float(self.score(outputs, self._float_outputs, feeds))
+            figure = float(self.score(outputs, reference, feeds))
         except Exception as error:  # a user's function may raise anything
             raise InputError(f"the metric {self.name} failed on the model's outputs: {first_line(error)}") from error
         if not math.isfinite(figure):
@@ -60,6 +65,27 @@ class Evaluation:
     def drop(self, session: Session) -> float:
         """How much worse than float, 0.01 = one point."""
         return self.float_score - self.measure(session)
+
+    def drop_with_error(self, session: Session) -> tuple[float, float]:
+        """`drop`, and its standard error over samples: both models see the same ones, so that only changes count.
+
+        By the jackknife, parts of the samples being left out in turn; 0 where the metric cannot be taken of parts.
+        """
+        outputs, feeds = self._run(session)
+        tables = (outputs, self._float_outputs, feeds)
+        samples = {len(values) for table in tables for values in table.values()}
+        drop = self.float_score - self._figure(*tables)
+        if len(samples) != 1 or (count := samples.pop()) < 2:
+            return drop, 0.0
+        parts = np.arange(count) % min(PARTS, count)
+        drops = []
+        for part in range(min(PARTS, count)):
+            ours, theirs, seen = ({name: values[parts != part] for name, values in table.items()} for table in tables)
+            try:
+                drops.append(self._figure(theirs, theirs, seen) - self._figure(ours, theirs, seen))
+            except InputError:  # a user's function may want all samples at once
+                return drop, 0.0
+        return drop, math.sqrt((len(drops) - 1) * float(np.var(drops)))
 
     def _run(self, session: Session) -> tuple[Outputs, Outputs]:
         outputs, extras = [], []
@@ -100,6 +126,24 @@ def _score(metric: str) -> Score:
         raise InputError(f"unknown metric {metric!r}; known: {', '.join(known)}, or module:function")
     function = import_function(metric, "metric")
     return lambda outputs, reference, feeds: function(outputs, feeds)
+
+
+def agreement_error(reference: Outputs, measured: Outputs) -> float:
+    """Standard error of the share of samples whose best class differs, else of 1 - cosine; of the worst output."""
+    drops = []
+    for name, wanted in reference.items():
+        got = measured[name]
+        if wanted.shape != got.shape or len(wanted) < 2 or not np.issubdtype(wanted.dtype, np.floating):
+            continue
+        first, second = metrics.class_scores(wanted), metrics.class_scores(got)
+        if first is not None and second is not None:
+            drops.append((first.argmax(axis=1) != second.argmax(axis=1)).astype(np.float64))
+        else:
+            pairs = zip(wanted, got, strict=True)
+            drops.append(np.array([1 - metrics.cosine(one[None], other[None]) for one, other in pairs]))
+    worst = max(drops, key=lambda values: float(values.mean()), default=np.zeros(1))
+    error = float(worst.std()) / math.sqrt(len(worst))
+    return error if math.isfinite(error) else 0.0
 
 
 def _agreement(reference: Array, measured: Array) -> float:

@@ -6,17 +6,24 @@ for all layers together:
 
     with a latency budget:  least noise, subject to the predicted time of the model
     without one:            least time, subject to at most a quarter more noise than the most accurate choice
+
+Bits have been allocated before, counting each width in its fastest form, or in the one with the fewest bit operations:
+what fits there can be met here. With both budgets, bit operations are those of the fastest forms; where nothing fits
+then, they are kept in any forms, and the time gives way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import onnx_ir as ir
 
-from quantkit.allocators._ilp import Limit, choose
+from quantkit.allocators._ilp import Limit, choose, least, solve_choice
+from quantkit.budget import Budget
+from quantkit.costs.bops import bops, shapes_of
 from quantkit.graph.emit import emitter
 from quantkit.graph.regions import find_regions
 from quantkit.types import ActParams, FloatArray, LayerStats, QuantizedWeight, QuantSpec, Target
@@ -137,11 +144,36 @@ class Chooser:
         return Option(form, spec, noise, form_ms, float_ms)
 
     def milliseconds(self, target: Target, spec: QuantSpec | None) -> float:
-        """Of the layer in the fastest form that holds this width; None = in float."""
-        rows = typical_rows(self.stats.get(target.name))
-        forms = self.specs(target, spec or QuantSpec(8))
-        found = [self.cost(target, stored, form, rows) for form, stored in forms]
-        return min((pair[0 if spec is None else 1] for pair in found), default=0.0)
+        """Of the layer in the fastest form that holds this width; None = in float.
+
+        Every form was measured beside a float layer of its own: what counts is how far it is from that one.
+        """
+        reference = min((float_ms for _, float_ms, _ in self._costs(target, QuantSpec(8))), default=0.0)
+        if spec is None:
+            return reference
+        return reference + min((change for change, _, _ in self._costs(target, spec)), default=0.0)
+
+    def _costs(self, target: Target, asked: QuantSpec) -> list[tuple[float, float, QuantSpec]]:
+        """(change from float, float ms, what is stored) of every form."""
+        rows, found = typical_rows(self.stats.get(target.name)), []
+        for form, stored in self.specs(target, asked):
+            float_ms, form_ms = self.cost(target, stored, form, rows)
+            found.append((form_ms - float_ms, float_ms, stored))
+        return found
+
+    def operations(self, target: Target, spec: QuantSpec | None, *, fastest: bool = False) -> int:
+        """Bit operations of one sample in the form with the fewest that holds this width; None = in float.
+
+        Forms differ in their activations: `dynamic` multiplies with 8 bits where all others of a product take 32.
+
+        Args:
+            fastest: in the fastest form instead.
+        """
+        shapes = shapes_of(target, self.stats)
+        forms = [] if spec is None else [stored for _, stored in self.specs(target, spec)]
+        if fastest and spec is not None and forms:
+            forms = [min(self._costs(target, spec), key=lambda item: item[0])[2]]
+        return min((bops(target, stored, shapes) for stored in forms), default=bops(target, spec, shapes))
 
     def noise(self, target: Target, spec: QuantSpec, form: str) -> float:
         """||y_quantized - y||^2 / ||y||^2 on calibration rows, or of the weight when no rows were seen."""
@@ -228,7 +260,8 @@ def choose_forms(
     *,
     model_ms: float | None,
     max_latency: float | None,
-    rest_ms: float = 0.0,
+    correction: float = 1.0,
+    limits: Sequence[Limit] = (),
 ) -> dict[str, Option]:
     """One option for each layer.
 
@@ -236,28 +269,52 @@ def choose_forms(
         options: target name -> its options, at least one each.
         model_ms: time of the float model at the measured shapes; None = not measured.
         max_latency: of the whole model relative to float.
-        rest_ms: what the model takes beside its float time and the changes of its layers.
+        correction: measured time of a quantized model over what its layers' times predict.
+        limits: on anything but time, with an amount for each option; one that nothing meets is met as nearly as
+            possible.
     """
     names = list(options)
     noise = [[option.noise for option in options[name]] for name in names]
     times = [[_stepped(option) for option in options[name]] for name in names]
+    limits = [replace(limit, bound=max(limit.bound, least(limit) or 0.0)) for limit in limits]
     if max_latency is not None and model_ms:
-        reference = sum(options[name][0].float_ms for name in names)
-        bound = max_latency * model_ms - (model_ms - reference) - rest_ms
-        picked = choose(noise, [Limit(times, bound)])
+        changes = [[option.milliseconds - option.float_ms for option in options[name]] for name in names]
+        picked = choose(noise, [Limit(changes, (max_latency / correction - 1) * model_ms), *limits])
         if picked is None:
-            picked = [int(np.argmin(row)) for row in times]
+            picked = choose(times, limits)
     else:
-        least = sum(min(row) for row in noise)
+        exact = solve_choice(noise, limits)
+        lowest = 0.0 if exact is None else exact.cost
         # Of equally fast forms the more accurate: noise counts a thousandth of the layer's float time.
         tiebreak = [
-            [time + 1e-3 * options[name][0].float_ms * value / (least or 1.0) for time, value in zip(*row, strict=True)]
+            [
+                time + 1e-3 * options[name][0].float_ms * value / (lowest or 1.0)
+                for time, value in zip(*row, strict=True)
+            ]
             for name, row in zip(names, zip(times, noise, strict=True), strict=True)
         ]
-        picked = choose(tiebreak, [Limit(noise, NOISE_ALLOWANCE * least)])
-        if picked is None:
-            picked = [int(np.argmin(row)) for row in noise]
+        picked = choose(tiebreak, [Limit(noise, NOISE_ALLOWANCE * lowest), *limits])
+    if picked is None:
+        picked = [int(np.argmin(row)) for row in noise]
     return {name: options[name][index] for name, index in zip(names, picked, strict=True)}
+
+
+def operations_limits(
+    targets: Mapping[str, Target],
+    options: Mapping[str, Sequence[Option]],
+    stats: Mapping[str, LayerStats],
+    max_bops: int | Fraction | None,
+) -> list[Limit]:
+    """The budget of bit operations over the options of some targets, the others being float; none without a budget."""
+    floats = {name: bops(target, None, shapes_of(target, stats)) for name, target in targets.items()}
+    most = Budget(max_bops=max_bops).max_bit_operations(sum(floats.values()))
+    if most is None:
+        return []
+    amounts = [
+        [float(bops(targets[name], option.spec, shapes_of(targets[name], stats))) for option in options[name]]
+        for name in options
+    ]
+    return [Limit(amounts, most - sum(count for name, count in floats.items() if name not in options))]
 
 
 def _stepped(option: Option) -> float:

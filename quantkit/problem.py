@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
+from typing import TypeVar
 
+from quantkit.allocators._table import impossible
 from quantkit.budget import Budget
 from quantkit.candidate import Candidate, Context, Recipe, build, measure
-from quantkit.costs.bops import bops, shapes_of
 from quantkit.costs.size import layer_bytes
 from quantkit.forms import Chooser, static_layers
 from quantkit.graph.units import find_units
 from quantkit.report.types import Contender
-from quantkit.types import AllocationProblem, Measurement, QuantSpec
+from quantkit.types import AllocationProblem, Measurement, QuantSpec, Target
 
 TRIAL = "trial "
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+Figure = TypeVar("Figure", int, float)
 
 
 @dataclass
@@ -24,11 +28,13 @@ class Ledger:
     """Candidates of one run, each built and measured once. The first name given to one stays, but for trials.
 
     Attributes:
+        max_bops: budget that every candidate's forms keep.
         rows: what was measured, in order.
         known: what allocators found out that no budget changes.
     """
 
     context: Context
+    max_bops: int | Fraction | None = None
     rows: list[tuple[Candidate, Measurement]] = field(default_factory=list)
     known: dict[str, object] = field(default_factory=dict)
     _built: dict[object, Candidate] = field(default_factory=dict)
@@ -39,7 +45,9 @@ class Ledger:
         """The candidate with these widths; the same ones again keep their first name."""
         key = (tuple(sorted(specs.items(), key=lambda item: item[0])), recipe, max_latency)
         if key not in self._built:
-            self._built[key] = build(self.context, specs, recipe, name=name, max_latency=max_latency)
+            self._built[key] = build(
+                self.context, specs, recipe, name=name, max_latency=max_latency, max_bops=self.max_bops
+            )
         elif self._built[key].name.startswith(TRIAL):
             self._built[key] = replace(self._built[key], name=name)
         return self._built[key]
@@ -72,7 +80,7 @@ def make_problem(ledger: Ledger, budget: Budget, recipe: Recipe, fixed_size: int
 
     def specs(name: str) -> tuple[QuantSpec, ...]:
         widths = sorted(context.options.bits or DEFAULT_WIDTHS, reverse=True)
-        return tuple(chooser.spec(targets[name], bits, _sizing_form(chooser, name, context)) for bits in widths)
+        return tuple(chooser.spec(targets[name], bits, sizing_form(chooser, name, context)) for bits in widths)
 
     def evaluate(chosen: Mapping[str, QuantSpec], name: str = "trial") -> Measurement:
         return ledger.measure(ledger.build(chosen, recipe, f"{name} {bits_label(context, chosen)}", budget.max_latency))
@@ -80,7 +88,9 @@ def make_problem(ledger: Ledger, budget: Budget, recipe: Recipe, fixed_size: int
     def file_size(chosen: Mapping[str, QuantSpec]) -> int:
         return ledger.build(chosen, recipe, f"{TRIAL}{bits_label(context, chosen)}", budget.max_latency).size
 
-    return AllocationProblem(
+    timed = budget.max_latency is not None
+    model_ms = context.model_ms if timed else None
+    problem = AllocationProblem(
         targets=targets,
         stats=context.stats,
         candidates={name: specs(name) for name in targets},
@@ -93,29 +103,40 @@ def make_problem(ledger: Ledger, budget: Budget, recipe: Recipe, fixed_size: int
         quantize_many=context.quantize_many,
         file_size=file_size,
         units=find_units(targets),
-        bops=lambda target, spec: bops(target, spec, shapes_of(target, context.stats)),
+        bops=_remembered(chooser.operations),
+        milliseconds=_remembered(chooser.milliseconds) if timed else None,
+        model_ms=model_ms,
+        correction=1.0 if model_ms is None else context.times.correction(model_ms, chooser.static),
         network=context.network,
         seed=context.options.seed,
         progress=context.progress,
         known=ledger.known,
     )
+    if timed and budget.max_bops is not None:  # one form has to serve both
+        both = replace(problem, bops=_remembered(partial(chooser.operations, fastest=True)))
+        return problem if impossible(both) else both
+    return problem
+
+
+def _remembered(figure: Callable[[Target, QuantSpec | None], Figure]) -> Callable[[Target, QuantSpec | None], Figure]:
+    """The same figures, each found once: a solver's limits are made of them again and again."""
+    known: dict[tuple[str, QuantSpec | None], Figure] = {}
+
+    def look_up(target: Target, spec: QuantSpec | None) -> Figure:
+        key = (target.name, spec)
+        if key not in known:
+            known[key] = figure(target, spec)
+        return known[key]
+
+    return look_up
 
 
 def sizing_chooser(context: Context) -> Chooser:
     static = static_layers(context.loaded.model, context.targets, context.options.target, context.options.activations)
-    return Chooser(
-        runtime=context.options.target,
-        activations=context.options.activations,
-        group_size=context.options.group_size,
-        static=frozenset(static if context.histograms else ()),
-        activation_of={},
-        stats=context.stats,
-        quantize=context.quantize,
-        cost=context.cost,
-    )
+    return context.chooser(context.options.activations, static if context.histograms else (), {})
 
 
-def _sizing_form(chooser: Chooser, name: str, context: Context) -> str:
+def sizing_form(chooser: Chooser, name: str, context: Context) -> str:
     """The form whose storage a size estimate assumes: static rows, or groups."""
     if name in chooser.static:
         return "qdq"

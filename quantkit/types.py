@@ -74,9 +74,8 @@ class QuantSpec:
 
     def average_bits(self, num_inputs: int) -> float:
         """Bits per weight, codes alone; a shorter last group counts by its columns."""
-        width = self.group_width(num_inputs)
-        bits = np.repeat(self.widths(num_inputs).astype(np.float64), width)[:num_inputs]
-        return float(bits.mean())
+        bits = np.repeat(self.widths(num_inputs).astype(np.float64), self.group_width(num_inputs))
+        return float(bits[:num_inputs].mean())
 
     def num_groups(self, num_inputs: int) -> int:
         """G for a matrix with K = num_inputs; the last group may be shorter than group_size."""
@@ -164,8 +163,7 @@ class Target:
         """W[N, K], float32, C-contiguous; a fresh array that the caller may change."""
         from quantkit.graph.targets import load_operand
 
-        operand = load_operand(self)
-        return np.array(self.layout.to_matrix(operand, self.shape), dtype=np.float32, order="C")
+        return np.array(self.layout.to_matrix(load_operand(self), self.shape), dtype=np.float32, order="C")
 
 
 @dataclass(frozen=True)
@@ -279,8 +277,8 @@ class Measurement:
         sqnr: dB, outputs against the float model.
         drop: loss of the user's metric (or of agreement with the float model), 0.01 = one point.
         latency: time relative to float, measured alternately; below 1 is faster.
-        loss: nats per sample by which the outputs differ from the float model's (`quantkit.divergence`); infinite
-            without data.
+        loss: nats per sample, outputs against the float model's (`quantkit.divergence`); infinite without data.
+        drop_error: standard error of `drop`, float and quantized taken sample by sample.
     """
 
     size: int
@@ -288,6 +286,7 @@ class Measurement:
     drop: float
     latency: float
     loss: float = math.inf
+    drop_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -306,9 +305,10 @@ class AllocationProblem:
         evaluate: emit, run and score a whole assignment; the second argument, a name, is for the report.
         file_size: bytes of the file that an assignment really makes; None = estimates are all there is.
         units: name -> targets that share one decision, in graph order; empty = every target decides alone.
-        bops: (target, spec or None for float) -> bit operations of one sample.
-        milliseconds: (target, spec or None for float) -> time of the layer at the typical shapes; None = not measured.
-        model_ms: time of the float model at these shapes; None = not measured.
+        bops: (target, spec or None for float) -> bit operations of one sample, in the form that has fewest.
+        milliseconds: (target, spec or None for float) -> of the layer in its fastest form; None = not measured.
+        model_ms: time of the float model at the same shapes; None = not measured.
+        correction: measured time of a quantized model over what its layers' times predict.
         network: the float model with samples, to try changed weights on; None = there is no data.
         seed: of everything random.
         progress: where long steps are shown.
@@ -330,6 +330,7 @@ class AllocationProblem:
     bops: Callable[[Target, QuantSpec | None], int] | None = None
     milliseconds: Callable[[Target, QuantSpec | None], float] | None = None
     model_ms: float | None = None
+    correction: float = 1.0
     network: Network | None = None
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)

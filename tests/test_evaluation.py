@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,15 @@ import pytest
 
 from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
 from quantkit.errors import InputError
-from quantkit.evaluation import LABELS, Evaluation, label_input, make_evaluation, needs_labels
+from quantkit.evaluation import (
+    LABELS,
+    Evaluation,
+    Outputs,
+    agreement_error,
+    label_input,
+    make_evaluation,
+    needs_labels,
+)
 from quantkit.runtime.ort import Session, make_session
 from quantkit.types import FloatArray
 from quantkit.verify import open_data, session_inputs
@@ -150,3 +160,49 @@ def test_what_is_no_function(samples: Path, function: str) -> None:
 def test_an_unknown_name(samples: Path) -> None:
     with pytest.raises(InputError, match="unknown metric 'f1'; known: top1, agreement, cosine, sqnr, or module:f"):
         evaluation("f1", samples)
+
+
+@pytest.mark.parametrize(("count", "tolerance"), [(400, 0.35), (1000, 0.35)])
+def test_the_error_of_a_drop_is_that_of_the_samples_that_change(tmp_path: Path, count: int, tolerance: float) -> None:
+    images = np.random.default_rng(4).standard_normal((count, 6)).astype(np.float32)
+    labels = (images @ WEIGHT).argmax(axis=1)
+    labels[::3] = (labels[::3] + 1) % 4
+    np.savez(tmp_path / "data.npz", X=images, Y=labels)
+    found = evaluation("top1", tmp_path / "data.npz")
+    other = WEIGHT + 0.2 * np.random.default_rng(5).standard_normal(WEIGHT.shape).astype(np.float32)
+    drop, error = found.drop_with_error(linear(other))
+    assert drop == found.drop(linear(other))
+    changes = ((images @ WEIGHT).argmax(1) == labels).astype(float) - ((images @ other).argmax(1) == labels)
+    assert drop == pytest.approx(changes.mean()) and 0 < error < 0.1
+    assert error == pytest.approx(changes.std() / math.sqrt(count), rel=tolerance)
+    assert found.drop_with_error(linear(WEIGHT)) == (0.0, 0.0)
+
+
+def test_a_metric_that_wants_all_samples_has_no_error(samples: Path) -> None:
+    found = evaluation("top1", samples)
+
+    def whole(outputs: Outputs, reference: Outputs, feeds: Outputs) -> float:
+        assert len(outputs["y"]) == 20
+        return float(outputs["y"].mean())
+
+    drop, error = replace(found, score=whole).drop_with_error(linear(2 * WEIGHT))
+    assert error == 0.0 and drop == replace(found, score=whole).drop(linear(2 * WEIGHT)) != 0
+    joined = replace(found, score=lambda outputs, reference, feeds: float(outputs["y"].mean()))
+    single = replace(joined, data=joined.data.subset(1))
+    assert single.drop_with_error(linear(2 * WEIGHT))[1] == 0.0
+
+
+def test_the_error_of_an_agreement() -> None:
+    rng = np.random.default_rng(6)
+    wanted = rng.standard_normal((50, 7)).astype(np.float32)
+    got = wanted.copy()
+    got[:5, 0] += 100.0
+    share = float((wanted.argmax(1) != got.argmax(1)).mean())
+    error = agreement_error({"y": wanted}, {"y": got})
+    assert error == pytest.approx(math.sqrt(share * (1 - share) / 50)) and error > 0
+    assert agreement_error({"y": wanted}, {"y": wanted}) == 0.0
+    rows, other = wanted.reshape(10, 5, 7), got.reshape(10, 5, 7)  # no class scores
+    cosines = [1 - (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()) for a, b in zip(rows, other, strict=True)]
+    assert agreement_error({"z": rows}, {"z": other}) == pytest.approx(np.std(cosines) / math.sqrt(10), rel=1e-4)
+    assert agreement_error({"y": wanted}, {"y": got[:3]}) == 0.0  # shapes differ: nothing is known
+    assert agreement_error({"ids": np.arange(3)}, {"ids": np.arange(3)}) == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
+from quantkit.allocators._ilp import Limit
+from quantkit.costs.bops import bops
 from quantkit.forms import (
+    LATENCY_STEP,
     NOISE_ALLOWANCE,
     UNSEEN_ACTIVATION_NOISE,
     Chooser,
@@ -22,6 +26,7 @@ from quantkit.forms import (
     default_group_size,
     even_groups,
     multiply,
+    operations_limits,
     static_layers,
     typical_rows,
 )
@@ -320,6 +325,110 @@ def test_layers_that_were_not_measured_take_part_by_noise_only() -> None:
 def test_no_layers() -> None:
     assert choose_forms({}, model_ms=1.0, max_latency=0.5) == {}
     assert choose_forms({}, model_ms=None, max_latency=None) == {}
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("max_latency", [None, 0.8])
+def test_limits_are_kept_beside_the_time(seed: int, max_latency: float | None) -> None:
+    """Against every choice of three layers with three forms each."""
+    rng = np.random.default_rng(seed)
+    options = {
+        str(layer): [option(str(place), float(rng.uniform(1, 2)), float(rng.uniform(0.4, 1.2))) for place in range(3)]
+        for layer in range(3)
+    }
+    amounts = [[float(rng.integers(1, 9)) for _ in range(3)] for _ in range(3)]
+    bound = sum(sorted(row)[1] for row in amounts)
+    found = choose_forms(
+        options, model_ms=4.0, max_latency=max_latency, correction=1.03, limits=[Limit(amounts, bound)]
+    )
+    places = [int(item.form) for item in found.values()]
+    assert sum(row[place] for row, place in zip(amounts, places, strict=True)) <= bound
+    rows = list(options.values())
+    every = [c for c in itertools.product(range(3), repeat=3) if sum(r[k] for r, k in zip(amounts, c)) <= bound]  # noqa: B905
+    noise = {choice: sum(rows[unit][place].noise for unit, place in enumerate(choice)) for choice in every}
+    time = {choice: sum(rows[unit][place].milliseconds for unit, place in enumerate(choice)) for choice in every}
+    if max_latency is not None:
+        allowed = [choice for choice in every if 1.03 * (1.0 + time[choice]) <= 4.0 * max_latency]
+        if allowed:
+            assert noise[tuple(places)] == pytest.approx(min(noise[choice] for choice in allowed))
+        else:  # the fastest within the limit, but for steps of time
+            assert time[tuple(places)] <= min(time.values()) + 3 * LATENCY_STEP
+    else:
+        assert noise[tuple(places)] <= NOISE_ALLOWANCE * min(noise.values()) * (1 + 1e-9)
+        allowed = [choice for choice in every if noise[choice] <= NOISE_ALLOWANCE * min(noise.values())]
+        assert time[tuple(places)] <= min(time[choice] for choice in allowed) + 3 * LATENCY_STEP
+
+
+def test_a_limit_that_nothing_meets_is_met_as_nearly_as_possible() -> None:
+    options = {"a": [option("exact", 1e-6, 1.0), option("fast", 1e-4, 0.5)]}
+    for max_latency in (None, 0.6):
+        for amounts, wanted in (([3.0, 5.0], "exact"), ([5.0, 3.0], "fast")):
+            limit = Limit([amounts], 1.0)
+            assert forms(choose_forms(options, model_ms=1.0, max_latency=max_latency, limits=[limit])) == [wanted]
+
+
+# --- What allocation counts before forms are chosen
+
+
+def test_bit_operations_are_those_of_the_form_with_the_fewest() -> None:
+    target = product()
+    stats = {target.name: rows_of(target)}
+    both, floats = chooser(stats=stats), chooser(stats=stats, activations="none")
+    weights = 64 * 48
+    assert both.operations(target, None) == floats.operations(target, None) == weights * 32 * 32
+    assert both.operations(target, QuantSpec(3)) == weights * 3 * 8
+    assert floats.operations(target, QuantSpec(3)) == weights * 3 * 32
+    convolved = convolution()
+    assert chooser().operations(convolved, QuantSpec(4)) == 16 * 32 * 9 * 4 * 32  # no integer form
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("share", [Fraction(1, 100), Fraction(1, 64), Fraction(1, 16)])
+def test_forms_keep_the_bit_operations_that_allocation_counted(bits: int, share: Fraction) -> None:
+    target = product()
+    stats = {target.name: rows_of(target)}
+    made = chooser(stats=stats, cost=lambda item, spec, form, rows: (1.0, 2.0 if form == "dynamic" else 1.0))
+    options = {target.name: made.options(target, QuantSpec(bits))}
+    (limit,) = operations_limits({target.name: target}, options, stats, share)
+    chosen = choose_forms(options, model_ms=None, max_latency=None, limits=[limit])[target.name]
+    spent = bops(target, chosen.spec, stats[target.name])
+    most = int(share * made.operations(target, None))
+    assert (spent <= most) == (made.operations(target, QuantSpec(bits)) <= most)
+    if bits * 32 <= share * 1024:
+        assert chosen.form != "dynamic"  # slower, and not needed
+    assert operations_limits({target.name: target}, options, stats, None) == []
+
+
+def test_layers_that_stay_float_count_as_such() -> None:
+    first, second = replace(product(), name="first"), replace(product(), name="second")
+    options = {"first": chooser().options(first, QuantSpec(8))}
+    whole = 2 * 64 * 48 * 1024
+    (limit,) = operations_limits({"first": first, "second": second}, options, {}, whole)
+    assert limit.bound == whole / 2
+    assert limit.amounts == [[64 * 48 * 8 * (item.spec.act_bits or 32) for item in options["first"]]]
+
+
+def test_the_time_of_a_width_is_that_of_its_fastest_form_beside_its_own_float() -> None:
+    """Where only `dynamic` is fast, that is what allocation counts, and what is chosen within the same budget."""
+    times = {"packed": (1.0, 1.0), "matmulnbits": (1.5, 1.4), "dynamic": (1.2, 0.5)}
+    target = product()
+    stats = {target.name: rows_of(target)}
+    made = chooser(stats=stats, cost=lambda item, spec, form, rows: times[form])
+    assert made.operations(target, QuantSpec(4), fastest=True) == 64 * 48 * 4 * 8
+    slow = chooser(stats=stats, cost=lambda item, spec, form, rows: (1.0, 2.0 if form == "dynamic" else 1.0))
+    assert slow.operations(target, QuantSpec(4), fastest=True) == 64 * 48 * 4 * 32
+    assert slow.operations(target, None, fastest=True) == 64 * 48 * 32 * 32
+    assert made.milliseconds(target, None) == 1.0
+    changed = made.milliseconds(target, QuantSpec(4)) - made.milliseconds(target, None)
+    assert changed == pytest.approx(-0.7)
+    options = {target.name: made.options(target, QuantSpec(4))}
+    for factor in (0.9, 1.0, 1.2):
+        most = factor * (3.0 + changed) / 3.0
+        taken = [
+            choose_forms(options, model_ms=3.0, max_latency=m, correction=factor) for m in (most + 1e-9, most + 0.5)
+        ]
+        assert [forms(item) for item in taken] == [["dynamic"], [options[target.name][0].form]]
+    assert options[target.name][0].form != "dynamic"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import onnx_ir as ir
 import pytest
 
 import quantkit
+from quantkit.budget import Budget
 from quantkit.errors import InputError
+from quantkit.pipeline import compress
 from tests.helpers import models
 
 
@@ -44,3 +49,17 @@ def test_a_plan_says_which_inputs() -> None:
     wrong = quantkit.Plan(made.plan.layers, made.plan.activations, {"inputs": "auto"})
     with pytest.raises(InputError, match="plan: settings: inputs must be one of float, quantized, got 'auto'"):
         quantkit.apply(models.matmul(), wrong)
+
+
+def test_new_biases_do_not_break_the_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Layers quantized in sequence gain corrected biases: at the size of the plan without them, bits make room."""
+    models.quick(monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings: dict[str, Any] = {"calibration": models.images(40), "activations": "none", "allocator": "uniform"}
+    plain = compress(models.cnn(), budget=Budget(avg_bits=4.0), inputs="float", **settings)
+    sequential = compress(models.cnn(), budget=Budget(avg_bits=4.0), inputs="quantized", **settings)
+    assert sequential.report.size_after > plain.report.size_after
+    limit = plain.report.size_after
+    for inputs in ("auto", "quantized"):
+        found = compress(models.cnn(), budget=Budget(max_size=limit), inputs=inputs, **settings)
+        assert found.report.size_after <= limit and found.report.budget_met

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from quantkit.allocators._drop import keeps
 from quantkit.allocators._ilp import total
 from quantkit.allocators._table import Unit, joined, limits
 from quantkit.types import AllocationProblem
@@ -17,6 +18,7 @@ class Bisection:
     Attributes:
         seen: [units][options] what units are sorted by.
         verified: counts beyond the first that violates, which are tried as well.
+        errors: standard errors of the drop by which the accuracy has to be kept.
         known: choice -> bytes of its file where it keeps all budgets, None where it violates one.
     """
 
@@ -24,6 +26,7 @@ class Bisection:
     units: Sequence[Unit]
     seen: Sequence[Sequence[float]]
     verified: int
+    errors: float = 0.0
     known: dict[tuple[int, ...], int | None] = field(default_factory=dict)
 
     def run(self, start: Sequence[int]) -> list[int]:
@@ -45,8 +48,13 @@ class Bisection:
         fitting = [(size, total(self.seen, choice), choice) for choice, size in self.known.items() if size is not None]
         return list(min(fitting)[2])
 
+    @property
+    def found(self) -> bool:
+        """Whether anything that was measured keeps all budgets."""
+        return any(size is not None for size in self.known.values())
+
     def sentence(self) -> str:
-        if not any(size is not None for size in self.known.values()):
+        if not self.found:
             return "no configuration keeps the accuracy: even the most accurate one within the other budgets loses more"
         return f"{len(self.known)} configurations were measured to keep the accuracy"
 
@@ -76,7 +84,8 @@ class Bisection:
             return None
         found = self.problem.evaluate(joined(self.units, choice))
         size = budget.max_bytes(self.problem.float_size)
-        return found.size if found.drop <= budget.max_drop and (size is None or found.size <= size) else None
+        within = keeps(self.problem, found, self.errors) and (size is None or found.size <= size)
+        return found.size if within else None
 
 
 def _moved(current: Sequence[int], chosen: Sequence[int], lower: Mapping[int, int]) -> list[int]:

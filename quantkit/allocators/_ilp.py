@@ -36,12 +36,14 @@ class Label:
         unit: written behind figures, with its space: ` bytes`, `x`.
         fixed: what counts against the limit beside the options, in the limit's own unit.
         per: the user's figure is (amount + fixed) / per.
+        adjective: of the smallest figure there is.
     """
 
     name: str
     unit: str = ""
     fixed: float = 0.0
     per: float = 1.0
+    adjective: str = "possible"
 
     def figure(self, amount: float) -> str:
         """Rounded up, so that a limit of this figure can be met."""
@@ -145,7 +147,7 @@ def infeasible(limits: Sequence[Limit], labels: Sequence[Label]) -> str | None:
     failing = [item for item in alone if item[0] is None or not _met(item[1], item[0])]
     if failing:
         return "; ".join(
-            f"{label.name} {_asked(label, limit.bound)} cannot be met: the smallest possible is "
+            f"{label.name} {_asked(label, limit.bound)} cannot be met: the smallest {label.adjective} is "
             f"{label.figure(math.inf if smallest is None else smallest)}"
             for smallest, limit, label in failing
         )

@@ -18,6 +18,8 @@ SPREAD = 64.0
 FALL = 4.0
 """How much less a bit more is taken to lose, in random tables: the square of a step half as wide."""
 LEAST = 1e-12
+ENOUGH = 3
+"""Assignments below which nothing can be judged."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,15 @@ class Verdict:
 def assignments(problem: AllocationProblem, units: Sequence[Unit], count: int) -> list[list[int]]:
     """Different choices that use the budget up, each the best one for made-up sensitivities."""
     rng = np.random.Generator(np.random.PCG64(problem.seed))
-    bounds = limits(problem, units) or [_half(problem, units)]
+    bounds = limits(problem, units)
+    found = _drawn(units, count, bounds, rng) if bounds else []
+    if len(found) >= ENOUGH:
+        return found
+    # Where the budgets leave next to nothing to choose, half of the size does.
+    return max(found, _drawn(units, count, [*bounds, _half(problem, units)], rng), key=len)
+
+
+def _drawn(units: Sequence[Unit], count: int, bounds: Sequence[Limit], rng: np.random.Generator) -> list[list[int]]:
     found: dict[tuple[int, ...], list[int]] = {}
     for _ in range(2 * count):
         weights = np.exp(rng.uniform(0, math.log(SPREAD), len(units)))
@@ -58,7 +68,7 @@ def assignments(problem: AllocationProblem, units: Sequence[Unit], count: int) -
 
 
 def _half(problem: AllocationProblem, units: Sequence[Unit]) -> Limit:
-    """Without a limit that is linear: half way between the smallest and the largest file."""
+    """Half way between the smallest and the largest file."""
     size = sizes(problem, units)
     return Limit(size, sum((min(row) + max(row)) / 2 for row in size))
 
@@ -84,7 +94,7 @@ def judge(
     sums = predicted(losses(units, raw), choices)
     usable = np.isfinite(truth) & (truth > 0)
     first, second = np.log(np.maximum(sums[usable], LEAST)), np.log(np.maximum(truth[usable], LEAST))
-    if len(first) < 3 or np.ptp(first) == 0:
+    if len(first) < ENOUGH or np.ptp(first) == 0:
         return Verdict(0.0, math.inf, math.nan, 1.0)
     rank = float(stats.spearmanr(first, second).statistic) if np.ptp(second) > 0 else 0.0
     return Verdict(

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from quantkit.allocators._ilp import Label, Limit, choose, infeasible, total
+from quantkit.allocators._drop import smallest_within_drop
+from quantkit.allocators._ilp import Label, Limit, Solution, choose, infeasible, least, solve_choice, total
 from quantkit.types import AllocationProblem, Array, FloatArray, QuantSpec
 
 CAP = 2.0
@@ -24,6 +25,10 @@ GROWTH = 2
 """What is kept back at first grows by this factor, from the bytes that the file is too large by."""
 CLOSE = 2e-4
 """Share of the size within which a bound is not moved any more."""
+DOUBT = 0.02
+"""Of the float model's time: predictions that differ by less are not told apart where none is within the budget."""
+PROVEN = 2e-9
+"""Gap up to which the solver counts an answer as the best."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,28 @@ def amounts(units: Sequence[Unit], cost: Callable[[str, QuantSpec], float]) -> l
 
 
 def limits(problem: AllocationProblem, units: Sequence[Unit]) -> list[Limit]:
-    """Every budget of the problem that is linear in the choice; `max_drop` is not."""
-    return [limit for limit, _ in _labelled(problem, units)]
+    """Every budget of the problem that is linear in the choice; `max_drop` is not.
+
+    A time that no choice is predicted to keep gives way to the shortest one predicted: measurements decide in the end.
+    """
+    found = [limit for limit, _ in _labelled(problem, units)]
+    if predicted_ms(problem, {}) is None:
+        return found
+    *others, times = found
+    shortest = least(times, others)
+    if shortest is None or shortest <= times.bound:
+        return found
+    assert problem.model_ms is not None
+    return [*others, replace(times, bound=shortest + DOUBT * problem.model_ms / problem.correction)]
+
+
+def predicted_ms(problem: AllocationProblem, specs: Mapping[str, QuantSpec]) -> float | None:
+    """Time of the model with these widths, each in its fastest form; None where no budget asks for it."""
+    if problem.budget.max_latency is None or problem.milliseconds is None or not problem.model_ms:
+        return None
+    time, targets = problem.milliseconds, problem.targets
+    changes = (time(targets[name], spec) - time(targets[name], None) for name, spec in specs.items())
+    return problem.correction * (problem.model_ms + sum(changes))
 
 
 def impossible(problem: AllocationProblem) -> tuple[str, ...]:
@@ -208,11 +233,10 @@ def _labelled(problem: AllocationProblem, units: Sequence[Unit]) -> list[tuple[L
         operations = Limit(amounts(units, lambda name, spec: count(targets[name], spec)), limit)
         found.append((operations, Label("--max-bops")))
     if budget.max_latency is not None and problem.milliseconds is not None and problem.model_ms:
-        time, whole_ms = problem.milliseconds, problem.model_ms
-        rest = whole_ms - sum(time(targets[name], None) for name in names)
-        bound = budget.max_latency * whole_ms - rest
-        times = Limit(amounts(units, lambda name, spec: time(targets[name], spec)), bound)
-        found.append((times, Label("--max-latency", "x", fixed=rest, per=whole_ms)))
+        time, per = problem.milliseconds, problem.model_ms / problem.correction
+        rest = problem.model_ms - sum(time(targets[name], None) for name in names)
+        times = Limit(amounts(units, lambda name, spec: time(targets[name], spec)), budget.max_latency * per - rest)
+        found.append((times, Label("--max-latency", "x", fixed=rest, per=per, adjective="predicted")))
     return found
 
 
@@ -227,32 +251,70 @@ def sizes(problem: AllocationProblem, units: Sequence[Unit]) -> list[list[float]
     return amounts(units, lambda name, spec: problem.size(problem.targets[name], spec))
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A choice within the budgets.
+
+    Attributes:
+        choice: option of every unit.
+        notes: what the reader should know of how good it is.
+    """
+
+    choice: list[int]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, found: Solution) -> Answer:
+        return cls(list(found.choice), gap_notes(found))
+
+
+def gap_notes(found: Solution) -> tuple[str, ...]:
+    """What the solver has not proven; none where it has."""
+    if found.gap <= PROVEN:
+        return ()
+    return (f"bits are not proven best: another choice may be predicted to lose up to {100 * found.gap:.2g} % less",)
+
+
 def solve(problem: AllocationProblem, units: Sequence[Unit], table: Sequence[Sequence[float]]) -> list[int]:
-    """The least total loss within all linear budgets; where nothing fits, the narrowest of everything.
+    """The least total loss within all linear budgets; where nothing fits, the narrowest of everything."""
+    return answer(problem, units, table).choice
+
+
+def answer(problem: AllocationProblem, units: Sequence[Unit], table: Sequence[Sequence[float]]) -> Answer:
+    """`solve`, with what it has to tell.
 
     Sizes are estimates: every mixture of widths brings nodes of its own. So the real file is made, and the bound moved
     between what fits and what does not.
     """
-    found = choose(table, limits(problem, units))
+    narrow = Answer([0] * len(units))
+    found = solve_choice(table, limits(problem, units))
     limit = problem.budget.max_bytes(problem.float_size)
     if found is None or limit is None or problem.file_size is None:
-        return [0] * len(units) if found is None else found
-    best: list[int] | None = None
+        return narrow if found is None else Answer.of(found)
+    best: Solution | None = None
     low, high, extra = 0, None, 0  # bytes kept back: too few, enough
     for _ in range(REPAIRS):
-        over = 0 if found is None else problem.file_size(joined(units, found)) - limit
+        over = 0 if found is None else problem.file_size(joined(units, found.choice)) - limit
         if over > 0:
             low = extra
             extra = GROWTH * max(extra, over) if high is None else (extra + high) // 2
         else:
-            if found is not None and (best is None or total(table, found) < total(table, best)):
+            if found is not None and (best is None or found.cost < best.cost):
                 best = found
             high = extra
             extra = (low + extra) // 2
         if high is not None and high - low <= CLOSE * limit:
             break
-        found = choose(table, limits(replace(problem, fixed_size=problem.fixed_size + extra), units))
-    return [0] * len(units) if best is None else best
+        found = solve_choice(table, limits(replace(problem, fixed_size=problem.fixed_size + extra), units))
+    return narrow if best is None else Answer.of(best)
+
+
+def again(problem: AllocationProblem, allocation: Allocation) -> Mapping[str, QuantSpec]:
+    """The choice by the table that was believed, within another budget; the same one where there is no table."""
+    scores = next(iter(allocation.scores.values()), None)
+    if scores is None or problem.budget.max_drop is not None:
+        return allocation.specs
+    return joined(allocation.units, solve(problem, allocation.units, losses(allocation.units, scores.raw)))
 
 
 def front(
@@ -294,12 +356,12 @@ def allocate_by(problem: AllocationProblem, name: str, estimator: Estimator) -> 
     scores = scored(problem, units, name, estimator)
     table = losses(units, scores.raw)
     points = front(problem, units, table)
-    picked = solve(problem, units, table)
-    specs: Mapping[str, QuantSpec] = joined(units, picked)
+    found = answer(problem, units, table)
+    specs: Mapping[str, QuantSpec] = joined(units, found.choice)
     if problem.budget.max_drop is not None:
         specs = smallest_within_drop(problem, points, specs)
-    predicted = total(table, picked) if scores.nats else None
-    return Allocation(specs, units, {name: scores}, predicted, points, scores.notes)
+    predicted = total(table, found.choice) if scores.nats else None
+    return Allocation(specs, units, {name: scores}, predicted, points, (*scores.notes, *found.notes))
 
 
 def scored(problem: AllocationProblem, units: Sequence[Unit], name: str, estimator: Estimator) -> Scores:
@@ -309,35 +371,6 @@ def scored(problem: AllocationProblem, units: Sequence[Unit], name: str, estimat
         problem.known[name] = estimator.scores(problem, units)
     found: Scores = problem.known[name]
     return found
-
-
-def smallest_within_drop(
-    problem: AllocationProblem, points: Sequence[Point], fallback: Mapping[str, QuantSpec]
-) -> Mapping[str, QuantSpec]:
-    """The smallest point whose measured drop is within the budget; `fallback` where none is.
-
-    Bisection over the front, small to large; the drop is nearly but not quite monotone, so that the two neighbours
-    below the place found are tried too.
-    """
-    limit = problem.budget.max_drop
-    assert limit is not None
-    known: dict[int, bool] = {}
-
-    def keeps(index: int) -> bool:
-        if index not in known:
-            known[index] = problem.evaluate(points[index].specs).drop <= limit
-        return known[index]
-
-    low, high = 0, len(points)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if keeps(middle) else (middle + 1, high)
-    if low == len(points):
-        return fallback
-    for index in range(max(low - 2, 0), low):
-        if keeps(index):
-            return points[index].specs
-    return points[low].specs
 
 
 def predicted(table: Sequence[Sequence[float]], choices: Sequence[Sequence[int]]) -> Array:

@@ -16,22 +16,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from quantkit.allocators._drop import smallest_within_drop
 from quantkit.allocators._ilp import total
 from quantkit.allocators._inputs import has_torch
 from quantkit.allocators._judge import Verdict, assignments, judge, true_losses
 from quantkit.allocators._table import (
     Allocation,
+    Answer,
     Estimator,
     Scores,
     Unit,
+    answer,
     choice_of,
     front,
     joined,
     limits,
     losses,
     scored,
-    smallest_within_drop,
-    solve,
     units_of,
 )
 from quantkit.allocators.fisher import Fisher
@@ -88,7 +89,11 @@ class Auto:
         best = ranking[0]
         points = front(problem, units, tables[best])
         notes = (_sentence(best, verdicts), *scores[best].notes)
-        chosen = self._kept(problem, _pool(problem, units, {name: tables[name] for name in ranking[: self.contenders]}))
+        contending = ranking[: self.contenders] if limits(problem, units) else []
+        answers = {f"bits by {name}": answer(problem, units, tables[name]) for name in contending}
+        chosen = self._kept(problem, _pool(problem, units, answers))
+        kept = [found for found in answers.values() if joined(units, found.choice) == chosen]
+        notes += kept[0].notes if kept else ()
         if problem.budget.max_drop is not None:
             chosen = smallest_within_drop(problem, points, chosen)
         picked = choice_of(units, chosen)
@@ -123,6 +128,9 @@ class Auto:
         fitting = {name: figures for name, figures in found.items() if limit is None or figures.size <= limit}
         if not fitting:
             return pool[min(found, key=lambda name: found[name].size)]
+        most = problem.budget.max_latency
+        quick = {name: figures for name, figures in fitting.items() if most is None or figures.latency <= most}
+        fitting = quick or fitting  # where none is, forms are still to be corrected by what was measured
         best = next(iter(fitting))
         for name, figures in fitting.items():
             if figures.loss < fitting[best].loss * (1.0 if name == UNIFORM else 1 - self.margin):
@@ -131,13 +139,13 @@ class Auto:
 
 
 def _pool(
-    problem: AllocationProblem, units: Sequence[Unit], tables: Mapping[str, Sequence[Sequence[float]]]
+    problem: AllocationProblem, units: Sequence[Unit], answers: Mapping[str, Answer]
 ) -> dict[str, Mapping[str, QuantSpec]]:
     """Name -> plan to emit and measure."""
-    if not limits(problem, units):  # an accuracy alone: the front decides
+    if not answers:  # an accuracy alone: the front decides
         return {"widest": joined(units, [len(unit.options) - 1 for unit in units])}
     same = replace(problem, budget=replace(problem.budget, max_drop=None))
-    pool = {f"bits by {name}": joined(units, solve(problem, units, table)) for name, table in tables.items()}
+    pool = {name: joined(units, found.choice) for name, found in answers.items()}
     recipe = _recipe(problem, units)
     ends = {} if recipe is None else {"8 bits at both ends": recipe}
     uniform = Uniform().allocate(same)

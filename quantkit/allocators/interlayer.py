@@ -23,19 +23,21 @@ import numpy as np
 from scipy import stats
 
 from quantkit.allocators._bisection import Bisection
+from quantkit.allocators._drop import SPARE_ERRORS
 from quantkit.allocators._judge import assignments, true_losses
 from quantkit.allocators._pairs import choose_pairs, cost_of
 from quantkit.allocators._table import (
     Allocation,
+    Answer,
     Scores,
     Unit,
+    answer,
     front,
     joined,
     limits,
     losses,
     predicted,
     scored,
-    solve,
     units_of,
     weights_of,
 )
@@ -118,11 +120,15 @@ class Interlayer:
             return Allocation(joined(units, widest), units)
         table, terms, note = self._figures(problem, units)
         seen = augmented(units, table, terms)
-        notes = [note]
-        choice = self._within(problem, units, table, terms)
+        best = self._within(problem, units, table, terms)
+        choice, notes = best.choice, [note, *best.notes]
         if problem.budget.max_drop is not None:
-            bisection = Bisection(problem, units, seen, self.verified)
-            choice = bisection.run(choice if limits(problem, units) else widest)
+            start = best.choice if limits(problem, units) else widest
+            for errors in (SPARE_ERRORS, 0.0):
+                bisection = Bisection(problem, units, seen, self.verified, errors)
+                choice = bisection.run(start)
+                if bisection.found:
+                    break
             notes.append(bisection.sentence())
         scores = {"interlayer": self.scores(problem, units), "measured": self._alone(problem, units)}
         points = front(problem, units, losses(units, scores["interlayer"].raw))
@@ -201,15 +207,15 @@ class Interlayer:
 
     def _within(
         self, problem: AllocationProblem, units: Sequence[Unit], table: Sequence[Sequence[float]], terms: Terms
-    ) -> list[int]:
+    ) -> Answer:
         """The choice with pair terms, unless the one without them loses less on held-out samples."""
-        alone = solve(problem, units, table)
+        alone = answer(problem, units, table)
         if not terms:
             return alone
         paired = _fitting(problem, units, table, terms)
-        if paired is None or paired == alone:
+        if paired is None or paired.choice == alone.choice:
             return alone
-        first, second = true_losses(problem, units, [alone, paired])
+        first, second = true_losses(problem, units, [alone.choice, paired.choice])
         return paired if second < first else alone
 
 
@@ -250,19 +256,18 @@ def _errors(problem: AllocationProblem, unit: Unit) -> Array:
 
 def _fitting(
     problem: AllocationProblem, units: Sequence[Unit], table: Sequence[Sequence[float]], terms: Terms
-) -> list[int] | None:
+) -> Answer | None:
     """The best choice with pair terms whose real file fits; None where none was found."""
     most = problem.budget.max_bytes(problem.float_size)
     for _ in range(REPAIRS):
         found = choose_pairs(table, terms, limits(problem, units), problem.seed)
         if found is None:
             return None
-        choice = list(found.choice)
         if most is None or problem.file_size is None:
-            return choice
-        over = problem.file_size(joined(units, choice)) - most
+            return Answer.of(found)
+        over = problem.file_size(joined(units, found.choice)) - most
         if over <= 0:
-            return choice
+            return Answer.of(found)
         problem = replace(problem, fixed_size=problem.fixed_size + over)  # what the estimate did not see
     return None
 

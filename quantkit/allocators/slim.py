@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from quantkit.allocators._drop import SPARE_ERRORS, keeps
 from quantkit.allocators._ilp import Limit, choose
 from quantkit.allocators._lagrangian import choose_many, fill
 from quantkit.errors import InputError
@@ -65,7 +66,7 @@ class Slim:
         low, high = 0, len(averages) - 1
         while low < high:
             middle = (low + high) // 2
-            if problem.evaluate(self._within(problem, averages[middle])).drop <= problem.budget.max_drop:
+            if keeps(problem, problem.evaluate(self._within(problem, averages[middle])), SPARE_ERRORS):
                 high = middle
             else:
                 low = middle + 1

@@ -1,4 +1,4 @@
-"""One width for every layer: the widest that fits size and bit operations, or the narrowest that keeps the accuracy.
+"""One width for every layer: the widest within size, bit operations and time, or the narrowest that keeps the accuracy.
 
 Without a budget: 8 bits. A fractional average-bits budget is rounded down, since one width cannot meet it.
 """
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from quantkit.allocators._drop import SPARE_ERRORS, keeps
+from quantkit.allocators._table import DOUBT, predicted_ms
 from quantkit.types import AllocationProblem, Allocator, QuantSpec
 
 DEFAULT_BITS = 8
@@ -24,12 +26,13 @@ class Uniform:
         widths = sorted({spec.bits for specs in problem.candidates.values() for spec in specs})
         if not widths:
             return {}
-        fitting = [bits for bits in widths if _fits(problem, bits)] or widths[:1]
+        fitting = _quick(problem, [bits for bits in widths if _fits(problem, bits)] or widths[:1])
         if problem.budget.max_drop is None:
             return _assign(problem, min(fitting[-1], max(DEFAULT_BITS, widths[0])))
-        for bits in fitting:  # narrow to wide: the first that keeps the accuracy is the smallest
-            if problem.evaluate(_assign(problem, bits)).drop <= problem.budget.max_drop:
-                return _assign(problem, bits)
+        for errors in (SPARE_ERRORS, 0.0):
+            for bits in fitting:  # narrow to wide: the first that keeps the accuracy is the smallest
+                if keeps(problem, problem.evaluate(_assign(problem, bits)), errors):
+                    return _assign(problem, bits)
         return _assign(problem, fitting[-1])
 
 
@@ -40,6 +43,17 @@ def _assign(problem: AllocationProblem, bits: int) -> dict[str, QuantSpec]:
         wider = [spec for spec in specs if spec.bits >= bits] or list(specs)
         chosen[name] = min(wider, key=lambda spec: spec.bits)
     return chosen
+
+
+def _quick(problem: AllocationProblem, widths: list[int]) -> list[int]:
+    """Those that are predicted to keep the latency budget, else those that are predicted to be as fast as any."""
+    times = {bits: predicted_ms(problem, _assign(problem, bits)) for bits in widths}
+    known = {bits: time for bits, time in times.items() if time is not None}
+    if not known or problem.model_ms is None or problem.budget.max_latency is None:
+        return widths
+    bound = problem.budget.max_latency * problem.model_ms
+    most = bound if min(known.values()) <= bound else min(known.values()) + DOUBT * problem.model_ms
+    return [bits for bits in widths if known[bits] <= most]
 
 
 def _fits(problem: AllocationProblem, bits: int) -> bool:

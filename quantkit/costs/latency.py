@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from quantkit.emitters.matmulnbits import kernel_bits
 from quantkit.graph.emit import Assignment, Emission, emit
 from quantkit.graph.regions import Regions, find_regions
 from quantkit.graph.single import NAME, codes_at_borders, single_layer
@@ -38,7 +39,8 @@ NO_REGIONS = Regions({}, frozenset(), {}, frozenset(), frozenset())
 SECONDS = 0.15
 STATIC_FORM = "qdq"
 # Forms whose codes become one constant when the model is loaded: the width makes no difference to the kernel.
-WIDENED = {"packed": QuantSpec(8, -1), STATIC_FORM: QuantSpec(8, -1, symmetric=True, act_bits=8)}
+INTEGER = QuantSpec(8, -1, symmetric=True, act_bits=8)
+WIDENED = {"packed": QuantSpec(8, -1), "dynamic": INTEGER, STATIC_FORM: INTEGER}
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 PRODUCTS = frozenset({"MatMul", "Gemm"})
 
@@ -136,9 +138,10 @@ def layer_cost(
     target: Target, spec: QuantSpec, form: str, rows: int, *, cache: LatencyCache, runtime: str, threads: int
 ) -> Cost:
     """Float and quantized milliseconds of x[rows, K] @ W^T for a MatMul or Gemm target."""
+    stored = as_run(spec, form)
     parts = {
         "shape": list(target.shape),
-        "spec": [spec.bits, spec.group_width(target.shape[1]), spec.symmetric],
+        "spec": [stored.bits, stored.group_width(target.shape[1]), stored.symmetric],
         "form": form,
         "rows": rows,
         "runtime": runtime,
@@ -146,8 +149,15 @@ def layer_cost(
     }
     known = cache.get(parts)
     if known is None:
-        known = cache.put(parts, list(_measure(target.shape, spec, form, rows, runtime, threads)))
+        known = cache.put(parts, list(_measure(target.shape, stored, form, rows, runtime, threads)))
     return Cost(known[0], known[1])
+
+
+def as_run(spec: QuantSpec, form: str) -> QuantSpec:
+    """What the kernel computes with: what comes to the same is measured once, so that noise does not tell it apart."""
+    if form == "matmulnbits":
+        return replace(spec, bits=kernel_bits(spec.bits))
+    return WIDENED.get(form, spec)
 
 
 def is_product(target: Target, form: str) -> bool:
@@ -173,7 +183,7 @@ def node_cost(
         data_shape: of the layer's data input.
     """
     node = target.node
-    stored = WIDENED.get(form, replace(spec, act_bits=None))
+    stored = as_run(replace(spec, act_bits=None), form)
     parts = {
         "op": target.op,
         "operand": list(target.layout.operand_shape),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -13,23 +14,26 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from quantkit.allocators._ilp import total
+from quantkit.allocators._ilp import Limit, Solution, solve_choice, total
 from quantkit.allocators._table import (
     CAP,
-    Point,
+    DOUBT,
+    Allocation,
     Scores,
     Unit,
+    again,
     allocate_by,
     amounts,
     choice_of,
     code_bits,
     front,
+    impossible,
     joined,
     limits,
     losses,
     predicted,
+    predicted_ms,
     sizes,
-    smallest_within_drop,
     solve,
     units_of,
 )
@@ -239,6 +243,103 @@ def test_the_best_choice_within_every_budget(name: str, seed: int) -> None:
     assert total(table, found) == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("extra", "others"), [(None, 0), ("max_size", 1), ("avg_bits", 1), ("max_bops", 1)])
+def test_times_of_any_order_and_what_no_layer_shows(seed: int, extra: str | None, others: int) -> None:
+    """A wider kernel may be the faster one, and integer borders cost time of their own: against every choice."""
+    rng = np.random.default_rng([seed, 9])
+    factors = {(name, bits): float(rng.uniform(0.3, 1.2)) for name in SHAPES for bits in WIDTHS}
+    floats = {name: float(rng.uniform(1, 5)) for name in SHAPES}
+
+    def time(item: Target, spec: QuantSpec | None) -> float:
+        return floats[item.name] * (1.0 if spec is None else factors[item.name, spec.bits])
+
+    amount = {"max_size": 4001, "avg_bits": 4.5, "max_bops": Fraction(1, 7)}
+    budget = Budget(max_latency=0.9, **({extra: amount[extra]} if extra else {}))  # type: ignore[arg-type]
+    factor = 1.05
+    made = make(budget, bops=bops, milliseconds=time, model_ms=sum(floats.values()) + 2, correction=factor)
+    units = units_of(made)
+    table = losses(units, table_of(units, seed))
+    rows = limits(made, units)
+    assert len(rows) == 1 + others
+
+    def predicted_time(choice: Sequence[int]) -> float:
+        specs = joined(units, choice)
+        return factor * (2 + sum(time(made.targets[name], spec) for name, spec in specs.items()))
+
+    assert predicted_ms(made, joined(units, (0, 1, 2, 3))) == pytest.approx(predicted_time((0, 1, 2, 3)))
+    most = 0.9 * (made.model_ms or 0) * (1 + 1e-12)
+    allowed = [
+        choice
+        for choice in every_choice(units)
+        if predicted_time(choice) <= most and all(total(row.amounts, choice) <= row.bound for row in rows[:-1])
+    ]
+    assert 1 < len(allowed) < 5**4
+    found = solve(made, units, table)
+    assert predicted_time(found) <= most
+    assert total(table, found) == pytest.approx(min(total(table, choice) for choice in allowed), rel=1e-9)
+
+
+def test_a_time_that_cannot_be_kept_says_what_could_and_gives_way() -> None:
+    made = make(Budget(max_latency=0.3), milliseconds=milliseconds, model_ms=WEIGHTS / 1000 * 1.5, correction=1.1)
+    units = units_of(made)
+    least = predicted_ms(made, joined(units, (0, 0, 0, 0)))
+    assert least is not None and made.model_ms is not None
+    (sentence,) = impossible(made)
+    figure = re.fullmatch(r"--max-latency 0.3x cannot be met: the smallest predicted is (0\.\d+)x", sentence)
+    assert figure is not None and float(figure[1]) == pytest.approx(least / made.model_ms, rel=1e-5)
+    assert float(figure[1]) >= least / made.model_ms * (1 - 1e-12)
+    assert impossible(replace(made, budget=Budget(max_latency=float(figure[1])))) == ()
+    found = solve(made, units, losses(units, table_of(units)))
+    taken = predicted_ms(made, joined(units, found))
+    assert taken is not None and least < taken <= least + DOUBT * made.model_ms  # as fast as any, and no narrower
+
+
+def test_a_time_gives_way_to_a_size() -> None:
+    """Wide layers are the fast ones: both budgets together cannot be met, and bytes are certain."""
+
+    def time(item: Target, spec: QuantSpec | None) -> float:
+        return item.shape[0] * item.shape[1] / 1000 * (1.0 if spec is None else 1 - spec.bits / 16)
+
+    both = make(Budget(max_size=3000, max_latency=0.55), milliseconds=time, model_ms=WEIGHTS / 1000)
+    units = units_of(both)
+    (sentence,) = impossible(both)
+    assert "--max-size 3000 bytes and --max-latency 0.55x cannot be met together" in sentence
+    found = joined(units, solve(both, units, losses(units, table_of(units))))
+    assert FIXED + file_bytes(both, found) <= 3000
+    slowest = both.model_ms
+    taken = predicted_ms(both, found)
+    assert taken is not None and slowest is not None and taken < 0.9 * slowest
+    # And the size gives way to nothing.
+    tight = replace(both, budget=Budget(max_size=1000, max_latency=0.55))
+    assert solve(tight, units, losses(units, table_of(units))) == [0, 0, 0, 0]
+
+
+def test_another_budget_by_the_same_table() -> None:
+    made = make(Budget(avg_bits=5))
+    found = allocate_by(made, "made", Fixed())
+    narrow = replace(made, budget=Budget(avg_bits=3))
+    assert again(narrow, found) == allocate_by(narrow, "made", Fixed()).specs != found.specs
+    accurate = replace(made, budget=Budget(avg_bits=3, max_drop=0.1))
+    assert again(accurate, found) is found.specs
+    assert again(narrow, Allocation(found.specs)) is found.specs
+
+
+def test_what_the_solver_does_not_prove_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(Budget(avg_bits=4))
+    assert allocate_by(made, "made", Fixed()).notes == ("a note",)
+
+    def unproven(costs: Sequence[Sequence[float]], rows: Sequence[Limit]) -> Solution | None:
+        found = solve_choice(costs, rows)
+        return None if found is None else replace(found, gap=0.0123)
+
+    monkeypatch.setattr("quantkit.allocators._table.solve_choice", unproven)
+    sentence = "bits are not proven best: another choice may be predicted to lose up to 1.2 % less"
+    assert allocate_by(made, "made", Fixed()).notes == ("a note", sentence)
+    sized = make(Budget(max_size=4001), file_size=lambda specs: FIXED + file_bytes(made, specs))
+    assert allocate_by(sized, "made", Fixed()).notes == ("a note", sentence)
+
+
 def test_what_was_not_measured_limits_nothing() -> None:
     made = make(Budget(max_latency=0.5, max_bops=Fraction(1, 9)))
     assert limits(made, units_of(made)) == []
@@ -302,51 +403,6 @@ def test_the_front_is_monotone_and_ends_at_the_best_choice(seed: int) -> None:
 
 def bits_of(specs: Mapping[str, QuantSpec]) -> float:
     return sum(spec.bits * math.prod(SHAPES[name]) for name, spec in specs.items()) / WEIGHTS
-
-
-# --- Accuracy
-
-
-def points(count: int) -> list[Point]:
-    return [Point(100 + 10 * place, 2.0, 1.0 / (place + 1), {"a": QuantSpec(8, place + 1)}) for place in range(count)]
-
-
-def dropping(drops: Sequence[float], limit: float) -> tuple[AllocationProblem, list[int]]:
-    """Point i loses drops[i]; which points were measured, in order."""
-    asked: list[int] = []
-
-    def evaluate(specs: Mapping[str, QuantSpec], name: str = "") -> Measurement:
-        asked.append(specs["a"].group_size - 1)
-        return Measurement(0, 0.0, drops[asked[-1]], 1.0)
-
-    return make(Budget(max_drop=limit), evaluate=evaluate), asked
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 24])
-def test_the_smallest_point_that_keeps_the_accuracy(count: int) -> None:
-    front_ = points(count)
-    for first in range(count + 1):
-        made, asked = dropping([0.5 if place < first else 0.001 for place in range(count)], 0.01)
-        found = smallest_within_drop(made, front_, {"none": QuantSpec(8)})
-        assert found == ({"none": QuantSpec(8)} if first == count else front_[first].specs)
-        assert len(asked) == len(set(asked)) <= math.ceil(math.log2(count + 1)) + 2
-
-
-def test_the_bound_itself_is_kept() -> None:
-    made, _ = dropping([0.02, 0.01, 0.0], 0.01)
-    assert smallest_within_drop(made, points(3), {}) == points(3)[1].specs
-
-
-def test_a_smaller_neighbour_that_keeps_it_too_is_found() -> None:
-    """The drop is not monotone: the second point is better than the third and the fourth."""
-    made, asked = dropping([0.5, 0.5, 0.5, 0.002, 0.02, 0.002, 0.001, 0.001], 0.01)
-    assert smallest_within_drop(made, points(8), {}) == points(8)[3].specs
-    assert len(asked) <= 6
-
-
-def test_an_empty_front_falls_back() -> None:
-    made, asked = dropping([], 0.01)
-    assert smallest_within_drop(made, [], {"a": QuantSpec(3)}) == {"a": QuantSpec(3)} and asked == []
 
 
 # --- All of it

@@ -76,23 +76,37 @@ def test_the_first_use_gives_the_figures_of_every_later_one(tmp_path: Path, meas
 
 
 def test_everything_that_matters_is_in_the_key(tmp_path: Path, measured: list[Any]) -> None:
-    cache = open_cache(tmp_path)
-    cost(cache)
-    cost(cache, target((32, 96)))
-    cost(cache, target((64, 32)))
-    cost(cache, spec=QuantSpec(3, 32))
-    cost(cache, spec=QuantSpec(4, 16))
-    cost(cache, spec=QuantSpec(4, 32, symmetric=True))
+    cache, form = open_cache(tmp_path), "matmulnbits"
+    cost(cache, form=form)
+    cost(cache, target((32, 96)), form=form)
+    cost(cache, target((64, 32)), form=form)
+    cost(cache, spec=QuantSpec(2, 32), form=form)
+    cost(cache, spec=QuantSpec(4, 16), form=form)
+    cost(cache, spec=QuantSpec(4, 32, symmetric=True), form=form)
     cost(cache, form="dynamic")
-    cost(cache, rows=16)
-    cost(cache, runtime="portable")
-    cost(cache, threads=2)
+    cost(cache, form=form, rows=16)
+    cost(cache, form=form, runtime="portable")
+    cost(cache, form=form, threads=2)
     assert len(measured) == 10 == len(cache.entries)
     # A group as wide as the row is one scale a row; the layer's name and the activations' width do not matter.
-    cost(cache, spec=QuantSpec(4, -1))
-    cost(cache, spec=QuantSpec(4, 64))
-    cost(cache, replace(target(), name="other"), replace(SPEC, act_bits=8))
+    cost(cache, spec=QuantSpec(4, -1), form=form)
+    cost(cache, spec=QuantSpec(4, 64), form=form)
+    cost(cache, replace(target(), name="other"), replace(SPEC, act_bits=8), form=form)
     assert len(measured) == 11
+    cost(cache, spec=QuantSpec(3, 32), form=form)  # its kernel has 2, 4 and 8 bits
+    assert len(measured) == 11
+    cost(cache, spec=QuantSpec(5, 32), form=form)
+    cost(cache, spec=QuantSpec(8, 32), form=form)
+    assert len(measured) == 12
+
+
+@pytest.mark.parametrize("form", ["packed", "dynamic"])
+def test_codes_that_are_widened_at_load_are_timed_once_for_all_widths(
+    tmp_path: Path, measured: list[Any], form: str
+) -> None:
+    cache = open_cache(tmp_path)
+    found = {cost(cache, spec=spec, form=form) for spec in (SPEC, QuantSpec(2, 32), QuantSpec(8, -1, symmetric=True))}
+    assert len(found) == len(measured) == 1
 
 
 def test_two_processes_keep_each_others_figures(tmp_path: Path, measured: list[Any]) -> None:

@@ -73,7 +73,7 @@ def test_the_widest_group_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     asked: list[QuantSpec] = []
     made = times(monkeypatch, tmp_path)
     monkeypatch.setattr(latency, "_measure", lambda shape, spec, *_: (asked.append(spec), (1.0, 1.0))[1])
-    made.cost(made.targets["product"], QuantSpec(3, 32, group_bits=(2, 4)), "packed", 8)
+    made.cost(made.targets["product"], QuantSpec(3, 32, group_bits=(2, 4)), "matmulnbits", 8)
     assert asked == [QuantSpec(4, 32)]
 
 
@@ -87,12 +87,12 @@ def test_a_measured_model_corrects_the_next_prediction(monkeypatch: pytest.Monke
     made = times(monkeypatch, tmp_path)
     integers = {"conv": option("qdq"), "product": option("packed")}
     assert made.predicted_ms(20.0, integers) == pytest.approx(20 - 3 - 1.25)
-    assert made.rest_ms(20.0, ["conv"]) == 0
+    assert made.correction(20.0, ["conv"]) == 1
     made.remember(integers, 14.0)  # its pooling runs on integers, too
-    assert made.rest_ms(20.0, ["conv"]) == pytest.approx(14 - 15.75)
+    assert made.correction(20.0, ["conv"]) == pytest.approx(14 / 15.75)
     assert made.predicted_ms(20.0, integers) == pytest.approx(14.0)
-    assert made.predicted_ms(20.0, {"conv": option("qdq")}) == pytest.approx(20 - 3 - 1.75)
-    # Other static layers, another rest; and the first measurement stays.
+    assert made.predicted_ms(20.0, {"conv": option("qdq")}) == pytest.approx((20 - 3) * 14 / 15.75)
+    # Other static layers, another correction; and the first measurement stays.
     assert made.predicted_ms(20.0, {"product": option("packed")}) == pytest.approx(20 - 1.25)
     made.remember(integers, 99.0)
     assert made.predicted_ms(20.0, integers) == pytest.approx(14.0)
@@ -144,9 +144,25 @@ def test_the_time_of_a_width_is_that_of_its_fastest_form(monkeypatch: pytest.Mon
 def test_what_no_layer_shows_counts_against_the_latency() -> None:
     """Two forms: exact and slow, or noisy and fast; 10 ms of model, of which 4 are this layer."""
     forms = [Option("packed", SPEC, 0.1, 4.0, 4.0), Option("dynamic", SPEC, 0.2, 1.0, 4.0)]
-    for rest, wanted in ((0.0, "packed"), (1.0, "dynamic"), (-2.0, "packed")):
-        found = choose_forms({"layer": forms}, model_ms=10.0, max_latency=1.05, rest_ms=rest)
+    for correction, wanted in ((1.0, "packed"), (1.1, "dynamic"), (0.8, "packed")):
+        found = choose_forms({"layer": forms}, model_ms=10.0, max_latency=1.05, correction=correction)
         assert found["layer"].form == wanted
-    fast = choose_forms({"layer": forms}, model_ms=10.0, max_latency=0.75, rest_ms=0.0)
-    slow = choose_forms({"layer": forms}, model_ms=10.0, max_latency=0.75, rest_ms=-2.6)
+    fast = choose_forms({"layer": forms}, model_ms=10.0, max_latency=0.75, correction=1.0)
+    slow = choose_forms({"layer": forms}, model_ms=10.0, max_latency=0.75, correction=0.74)
     assert (fast["layer"].form, slow["layer"].form) == ("dynamic", "packed")
+
+
+def test_what_layers_alone_save_more_than_all_of_is_not_corrected(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = times(monkeypatch, tmp_path)
+    made.remember({"conv": option("qdq")}, 1.0)
+    assert made.correction(2.0, ["conv"]) == 1.0  # 2 ms less 3 is no time
+
+
+def test_figures_are_looked_up_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = times(monkeypatch, tmp_path)
+    item = made.targets["product"]
+    first = made.cost(item, SPEC, "packed", 8)
+    monkeypatch.setattr("quantkit.costs.layers.layer_cost", None)
+    assert made.cost(item, SPEC, "packed", 8) == first
