@@ -38,6 +38,7 @@ class Options:
         cache: folder for measured latencies (None = the user's cache folder).
         memory_limit: bytes that calibration may hold at once.
         holdout: percentage of the calibration samples that only measure.
+        calibration_size: of the others, so many are used (0 = all).
         threads: onnxruntime threads for timing and calibration (0 = onnxruntime's choice).
         workers: processes that quantize layers (0 = one for each core); results do not depend on it.
     """
@@ -59,6 +60,7 @@ class Options:
     cache: Path | None = None
     memory_limit: int = 160 << 20
     holdout: int = 20
+    calibration_size: int = 0
     threads: int = 1
     workers: int = 0
 
@@ -69,7 +71,7 @@ class Options:
             object.__setattr__(self, "bits", (self.bits,))
         if self.transform is not None and not isinstance(self.transform, str):
             raise InputError(f"transform must be none, auto or names such as cle,awq, got {self.transform!r}")
-        for name in ("seed", "threads", "workers", "memory_limit", "augment", "holdout"):
+        for name in ("seed", "threads", "workers", "memory_limit", "augment", "holdout", "calibration_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputError(f"{name} must be a whole number, got {value!r}")
@@ -90,7 +92,11 @@ class Options:
             raise InputError(f"holdout must be at least 1 and at most 90 (percent of the samples), got {self.holdout}")
         if self.memory_limit < 1 << 20:
             raise InputError(f"memory limit must be at least 1MB, got {self.memory_limit} bytes")
-        for name, count in (("threads", self.threads), ("workers", self.workers)):
+        for name, count in (
+            ("threads", self.threads),
+            ("workers", self.workers),
+            ("calibration_size", self.calibration_size),
+        ):
             if count < 0:
                 raise InputError(f"{name} must be 0 or more, got {count}")
 

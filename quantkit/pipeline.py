@@ -30,7 +30,7 @@ from quantkit.errors import InputError
 from quantkit.evaluation import label_input, make_evaluation, needs_labels
 from quantkit.graph.emit import save, simulate
 from quantkit.graph.load import LoadedModel, load_model
-from quantkit.graph.regions import find_regions
+from quantkit.graph.regions import find_regions, moved
 from quantkit.graph.targets import Untouched, find_targets
 from quantkit.methods import make
 from quantkit.options import Options, make_options
@@ -54,7 +54,6 @@ from quantkit.verify import (
     session_inputs,
 )
 
-HOLDOUT_SHARE = 0.2
 HOLDOUT_SAMPLES = 64
 FEW = 2
 # Largest integers in made-up inputs: the first one that all tables of the model are long enough for.
@@ -91,7 +90,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
     """Calibration and held-out samples; both None for weight-only work without data."""
 
     calibration: CalibrationData | None
@@ -141,7 +140,7 @@ def compress(
         changed, context, outcome = _best(run, budget)
     outcome = replace(outcome, plan=changed.recorded(outcome.plan))
     with progress.task("verifying"):
-        result = _finish(context, budget, outcome, run)
+        result = finish(context, budget, outcome, run)
     return replace(result, report=replace(result.report, scales=changed.rows))
 
 
@@ -152,11 +151,13 @@ def prepare(
     options: Options,
     statistics: frozenset[str],
     progress: Progress,
+    most_held_out: int = HOLDOUT_SAMPLES,
 ) -> Run:
     """Open model and data, find the layers.
 
     Args:
         statistics: fields of LayerStats that are wanted beside the quantizer's.
+        most_held_out: samples that measure, at most.
 
     Raises:
         InputError: anything wrong with model or data.
@@ -169,7 +170,7 @@ def prepare(
     reference = make_session(loaded.model, threads=options.threads)
     settings = method_settings(options, options.quantizer)
     quantizer: WeightQuantizer = make("quantizers", options.quantizer, settings)
-    data = _open_data(calibration, reference, options)
+    data = _open_data(calibration, reference, options, most_held_out)
     judge = None if evaluation is None else _evaluation(evaluation, reference)
     wanted = quantizer.stats | statistics | ERROR_STATS
     return Run(name, Rescaled(loaded, targets), untouched, reference, options, quantizer, wanted, data, judge, progress)
@@ -192,7 +193,7 @@ class Run:
     options: Options
     quantizer: WeightQuantizer
     wanted: frozenset[str]
-    data: _Data
+    data: Data
     evaluation: Any
     progress: Progress
 
@@ -256,7 +257,6 @@ def _best(run: Run, budget: Budget) -> tuple[Rescaled, Context, Outcome]:
 
 
 def chosen_sqnr(rows: Sequence[Contender]) -> float:
-    """dB of the candidate that was kept."""
     return next((row.sqnr for row in rows if row.chosen), -math.inf)
 
 
@@ -290,19 +290,20 @@ def _name(loaded: LoadedModel, model: object) -> str:
     return str(loaded.model.graph.name or type(model).__name__)
 
 
-def _open_data(calibration: object, reference: Session, options: Options) -> _Data:
+def _open_data(calibration: object, reference: Session, options: Options, most_held_out: int) -> Data:
     if calibration is None and not options.random_calibration:
-        return _Data(None, None)
+        return Data(None, None)
     inputs = session_inputs(reference)
     if not inputs:
         raise InputError("the model has no inputs, so there is nothing to calibrate it with; leave the data out")
     made_up = calibration is None
     data = random_calibration(inputs, seed=options.seed) if made_up else open_data(calibration, inputs)
-    kept, held = data.split(HOLDOUT_SHARE)
-    held = held.subset(HOLDOUT_SAMPLES)
+    kept, held = data.split(options.holdout / 100)
+    kept = kept.subset(options.calibration_size) if options.calibration_size else kept
+    held = held.subset(most_held_out)
     feeds = list(held)
     check_repeatable(reference, feeds[0])
-    return _Data(kept, HeldOut(feeds, run_all(reference, feeds), reference))
+    return Data(kept, HeldOut(feeds, run_all(reference, feeds), reference))
 
 
 def _evaluation(request: EvaluationRequest, reference: Session) -> Any:
@@ -315,7 +316,7 @@ def _collect(
     loaded: LoadedModel,
     targets: Mapping[str, Target],
     wanted: frozenset[str],
-    data: _Data,
+    data: Data,
     options: Options,
     progress: Progress,
 ) -> Collected:
@@ -325,20 +326,16 @@ def _collect(
     static = forms.static_layers(loaded.model, targets, options.target, options.activations)
     regions = find_regions(loaded.model, [node for nodes in static.values() for node in nodes])
     # Where a shape operator moves codes, the value before it has told everything.
-    histograms = {name: group for name, group in regions.groups.items() if not _moved(loaded.model, name, regions)}
+    histograms = {name: group for name, group in regions.groups.items() if not moved(loaded.model, name, regions)}
     request = Request(targets, wanted, histograms)
     settings = Settings(options.memory_limit, options.threads, options.seed)
-    return collect(loaded.model, data.calibration, request, settings, progress)
+    found = collect(loaded.model, data.calibration, request, settings, progress)
+    # With some layers left in float, integers begin elsewhere: every value of a group is found under its own name.
+    known = {name: found.histograms[group] for name, group in regions.groups.items() if group in found.histograms}
+    return replace(found, histograms={**known, **found.histograms})
 
 
-def _moved(model: ir.Model, name: str, regions: Any) -> bool:
-    for node in model.graph:
-        if str(node.name) in regions.code_nodes and any(str(value.name) == name for value in node.outputs):
-            return True
-    return False
-
-
-def _finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Result:
+def finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Result:
     """Stamp, write to a temporary file, reload, compare, time."""
     candidate, plan = outcome.candidate, outcome.plan
     model = candidate.emitted.model

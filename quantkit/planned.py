@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quantkit.allocation import Outcome
+from quantkit.calibration.accumulators import SCHEMES
 from quantkit.candidate import Context, Recipe, activation_params, assemble, measure
 from quantkit.errors import InputError
 from quantkit.forms import Chooser, Option, choose_forms
@@ -27,6 +28,7 @@ def apply_plan(context: Context, plan: Plan) -> Outcome:
         str(plan.settings.get("calibrator", "minmax")),
         plan.settings.get("bias_correction", False) is True,
         plan.settings.get("inputs") == "quantized",
+        _scheme(plan.settings.get("scheme", "asymmetric")),
     )
     if plan.settings.get("calibrated") is True and context.held_out is None:
         raise InputError("the plan was made with calibration data; give the same data with --calib to repeat it")
@@ -44,7 +46,7 @@ def apply_plan(context: Context, plan: Plan) -> Outcome:
             raise InputError(
                 f"the plan has no activation range for {missing[0]!r} and {len(missing) - 1} more; give --calib"
             )
-        calibrated = activation_params(regions, context.histograms, recipe.calibrator)
+        calibrated = activation_params(regions, context.histograms, recipe.calibrator, recipe.scheme)
         params.update({group: calibrated[group] for group in missing})
     inputs = {name: params[regions.groups[str(context.targets[name].uses[0].data.name)]] for name in static}
     chooser = replace(sizing_chooser(context), static=frozenset(static), activation_of=inputs)
@@ -60,6 +62,12 @@ def apply_plan(context: Context, plan: Plan) -> Outcome:
         for name, layer in resolved.items()
     }
     return Outcome(candidate, Plan(layers, params, plan.settings), (row,) if context.held_out is not None else ())
+
+
+def _scheme(value: object) -> str:
+    if value not in SCHEMES:
+        raise InputError(f"plan: settings: scheme must be one of {', '.join(SCHEMES)}, got {value!r}")
+    return str(value)
 
 
 def _planned_option(context: Context, chooser: Chooser, name: str, layer: LayerPlan) -> Option:

@@ -126,9 +126,10 @@ def test_edits_of_a_plan_are_followed() -> None:
 def test_what_the_caller_says_goes_before_the_plan() -> None:
     plan = Plan({"op:MatMul": LayerPlan(QuantSpec(4, 32), None, "")}, {}, {"quantizer": "rtn", "seed": 3})
     kept = quantkit.apply(models.matmul(), plan)
-    assert kept.plan.settings == {"quantizer": "rtn", "seed": 3, "target": "ort-cpu", "augment": 1}
+    plain = {"augment": 1, "holdout": 20, "calibration_size": 0}
+    assert kept.plan.settings == {"quantizer": "rtn", "seed": 3, "target": "ort-cpu", **plain}
     other = quantkit.apply(models.matmul(), plan, quantizer="mse", seed=4, target="portable")
-    assert other.plan.settings == {"quantizer": "mse", "seed": 4, "target": "portable", "augment": 1}
+    assert other.plan.settings == {"quantizer": "mse", "seed": 4, "target": "portable", **plain}
     assert other.report.provenance["quantkit.seed"] == "4" and other.report.target == "portable"
 
 

@@ -64,6 +64,11 @@ def add(parser: ArgumentParser) -> None:
         default="local",
         help="where a batch runs: processes here, or a Ray cluster (default: local)",
     )
+    group.add_argument(
+        "--no-refit",
+        action="store_true",
+        help="keep the model that was tried (else it is made again with nearly all samples where that is no worse)",
+    )
     _common.add_method_choice(parser, holdout=HOLDOUT)
     _common.add_run(parser)
     _common.add_output(parser)
@@ -84,7 +89,9 @@ def run(args: Namespace) -> int:
     from quantkit.tuning.tune import TuneSettings, tune
 
     _common.keep_external(outputs, model)
-    settings = TuneSettings(args.trials, args.tuner, args.batch, args.objective, history, args.executor)
+    settings = TuneSettings(
+        args.trials, args.tuner, args.batch, args.objective, history, args.executor, not args.no_refit
+    )
     console = _common.console_of(args)
     try:
         with watching(console, quiet=args.quiet) as watch:

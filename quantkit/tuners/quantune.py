@@ -73,11 +73,11 @@ class Quantune:
         found, shift = self._predicted(state, pool, others, seed)
         best = state.best
         greedy = self.acquisition == "greedy" or (self.acquisition == "auto" and others is not None)
-        if best is None or greedy:
-            worth, gain = found.mean.max() - found.mean, None
-        else:
-            worth = expected_improvement(found, float(state.values[best]) - shift)
-            gain = float(worth.max())
+        gain = None
+        worth = found.mean.max() - found.mean
+        if best is not None:
+            gains = expected_improvement(found, float(state.values[best]) - shift)
+            gain, worth = float(gains.max()), worth if greedy else gains
         worth = worth * self._chance(state, pool, seed)
         chosen = pick(worth, pool, count, rng=rng, epsilon=self.epsilon, diversity=self.diversity)
         return Proposal(tuple(pool[index] for index in chosen), gain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,9 +10,11 @@ from quantkit.allocators._table import Unit
 from quantkit.candidate import Context
 from quantkit.costs.size import layer_bytes
 from quantkit.problem import sizing_chooser, sizing_form
-from quantkit.tuning.recipes import ACTIVATIONS, GROUP, options_of
+from quantkit.tuning.recipes import ACTIVATIONS, ENDS, FLOAT, GROUP, options_of
 from quantkit.tuning.space import Configuration
 from quantkit.types import QuantSpec
+
+FLOAT_BYTES = 4
 
 
 @dataclass
@@ -60,7 +63,14 @@ class Sizes:
             self.rest[kind] = min(rest, self.rest.get(kind, rest))
 
     def _layers(self, configuration: Configuration, choice: Sequence[int]) -> int:
-        return sum(row[option] for row, option in zip(self.table(configuration), choice, strict=True))
+        rows = [row[option] for row, option in zip(self.table(configuration), choice, strict=True)]
+        if configuration[ENDS] == FLOAT:
+            ends = {index: self.units[index] for index in (0, len(rows) - 1)}
+            rows = [self._float(ends[index]) if index in ends else size for index, size in enumerate(rows)]
+        return sum(rows)
+
+    def _float(self, unit: Unit) -> int:
+        return sum(FLOAT_BYTES * math.prod(self.context.targets[name].shape) for name in unit.members)
 
 
 def _kind(configuration: Configuration) -> str:

@@ -26,14 +26,20 @@ from quantkit.rescaling import search_bits
 from quantkit.tuning.history import History, content_key
 from quantkit.tuning.recipes import (
     ACTIVATIONS,
+    ALL,
     BIAS,
     CALIBRATOR,
+    CHANNEL,
     DEFAULT,
+    ENDS,
     FLOAT,
+    GRANULARITY,
     GROUP,
     INPUTS,
+    PLANNED,
     QUANTIZED,
     QUANTIZER,
+    SAMPLES,
     SCHEME,
     SCHEMES,
     TRANSFORM,
@@ -198,7 +204,8 @@ def _possible(run: Run, context: Context, transforms: Sequence[str]) -> Possible
     biases = any(
         correctable(target) and context.stats.get(name) is not None for name, target in context.targets.items()
     )
-    return Possible(tuple(transforms), static, biases)
+    samples = 0 if run.data.calibration is None else run.data.calibration.samples
+    return Possible(tuple(transforms), static, biases, samples)
 
 
 def _plain(dimensions: Sequence[Dimension], recipe: Mapping[str, Any]) -> dict[str, Value]:
@@ -212,6 +219,9 @@ def _plain(dimensions: Sequence[Dimension], recipe: Mapping[str, Any]) -> dict[s
         CALIBRATOR: recipe["calibrator"],
         SCHEME: recipe.get("scheme", SCHEMES[0]),
         GROUP: DEFAULT,
+        SAMPLES: ALL,
+        GRANULARITY: CHANNEL,
+        ENDS: PLANNED,
     }
     values = {dimension.name: dimension.values for dimension in dimensions}
     return {name: value if value in values[name] else values[name][0] for name, value in wanted.items()}

@@ -19,7 +19,7 @@ from quantkit.graph.emit import in_memory
 from quantkit.runtime.ort import make_session
 from quantkit.tuning.features import STRUCTURE, structure
 from quantkit.tuning.history import History, Trial, content_key, figure_of, trial_row
-from quantkit.tuning.recipes import TRANSFORM, columns, features, label, recipe_of
+from quantkit.tuning.recipes import columns, features, label, recipe_of
 from quantkit.tuning.scoring import Exam, Score, expected_loss, score_all
 from quantkit.tuning.search import Outcome
 from quantkit.tuning.space import Configuration, Point
@@ -116,7 +116,10 @@ class Trials:
         return self.start.workshop.build(configuration, self.start.choice(configuration), label(configuration))
 
     def rescaled(self, index: int) -> Rescaled:
-        return self.start.workshop.transformed(str(self.done[index].configuration[TRANSFORM]))[0]
+        return self.start.workshop.transformed(self.done[index].configuration)[0]
+
+    def run_of(self, index: int) -> Run:
+        return self.start.workshop.run_of(self.done[index].configuration)
 
     def recipe(self, index: int) -> Recipe:
         return recipe_of(self.done[index].configuration)
@@ -201,7 +204,7 @@ class Trials:
 
     def _key(self, point: Point) -> str:
         configuration = self.start.space.configuration(point)
-        specs = self.start.workshop.specs(self.start.choice(configuration))
+        specs = self.start.workshop.specs(configuration, self.start.choice(configuration))
         return content_key(
             {
                 "what": "trial",

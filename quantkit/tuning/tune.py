@@ -7,7 +7,6 @@ early. Trials are kept by content in a history, from which an interrupted search
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,24 +15,20 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from quantkit.allocation import SLOWER, Outcome, plan_of
-from quantkit.allocators._table import Allocation
 from quantkit.budget import Budget
 from quantkit.calibration.request import EvaluationRequest
-from quantkit.candidate import measure, relative_latency
 from quantkit.errors import InputError
 from quantkit.methods import make
 from quantkit.options import make_options
-from quantkit.pipeline import Result, Run, check_arguments, finish, prepare
+from quantkit.pipeline import Result, Run, check_arguments, prepare
 from quantkit.report.progress import Progress, SilentProgress
-from quantkit.report.types import Contender
-from quantkit.runtime.ort import make_session
+from quantkit.tuning.final import as_tried, best_trial, refitted, result_of
 from quantkit.tuning.history import FILE, Trial, open_history
-from quantkit.tuning.recipes import label
 from quantkit.tuning.scoring import EXECUTORS
 from quantkit.tuning.search import Limits, State, Tuner, search
 from quantkit.tuning.search import Outcome as Shown
-from quantkit.tuning.start import Start, make_start
+from quantkit.tuning.space import Point
+from quantkit.tuning.start import make_start
 from quantkit.tuning.trials import Trials
 from quantkit.types import Allocator
 
@@ -41,8 +36,6 @@ HELD_OUT = 256
 DEFAULT_HOLDOUT = 40
 NOISE = 0.005
 """Expected gains below half a percent of the loss are not worth a trial."""
-SLOW_TRIES = 4
-"""Models whose speed is measured, the best first, to find one that is not slower than float."""
 OBJECTIVES = ("loss", "drop", "size")
 Watcher = Callable[["Progressed"], None]
 
@@ -58,6 +51,7 @@ class TuneSettings:
         objective: what to make small: `loss` in nats, `drop` of the user's metric, `size` within --max-drop.
         history: file or folder of measured trials; a folder's are learnt from, whatever model they are of.
         executor: where candidates run: `local` processes or a `ray` cluster.
+        refit: make the best configuration again with nearly all samples, and keep that where it measures no worse.
     """
 
     trials: int = 40
@@ -66,6 +60,7 @@ class TuneSettings:
     objective: str | None = None
     history: Path | None = None
     executor: str = "local"
+    refit: bool = True
 
     def __post_init__(self) -> None:
         Limits(self.trials, self.batch)
@@ -177,31 +172,51 @@ def tune(
     objective = chosen.wanted(budget, evaluation=evaluation is not None)
     tuner: Tuner = make("tuners", chosen.tuner, _own(settings.get("settings", {}), chosen.tuner))
     options = make_options({"holdout": DEFAULT_HOLDOUT, **settings})
-    progress = progress or SilentProgress()
+    shown = progress or SilentProgress()
     allocator: Allocator = make("allocators", options.allocator, {})
-    run = prepare(model, calibration, evaluation, options, allocator.stats, progress, most_held_out=HELD_OUT)
+
+    def opened(holdout: int) -> Run:
+        wanted = replace(options, holdout=holdout)
+        return prepare(model, calibration, evaluation, wanted, allocator.stats, shown, most_held_out=HELD_OUT)
+
+    run = opened(options.holdout)
     if run.data.held_out is None:
         raise InputError("tuning needs calibration data to measure on: give --calib")
     history = open_history(_file(chosen.history))
-    start = make_start(run, budget, history, progress)
+    start = make_start(run, budget, history, shown)
     trials = Trials(run, start, budget, objective, history, chosen.executor)
-    others = history.others(run.original.loaded.digest, trials.columns, objective)
-    state = State(start.space, (), (), trials.features, trials.allowed, others, options.seed)
+    state = _state(trials, options.seed)
     limits = Limits(chosen.trials, chosen.batch, 0.0 if objective == "drop" else NOISE)
 
-    def measured(points: Sequence[Any]) -> list[Shown]:
+    with shown.task("tuning"):
+        searched = search(state, tuner, _watched(trials, watch), limits, start.first)
+    best = best_trial(trials)
+    kept = as_tried(trials, best)
+    if chosen.refit:
+        with shown.task("making the best one again with more samples"):
+            kept = refitted(trials, best, kept, opened)
+    with shown.task("verifying"):
+        result = result_of(trials, best, kept)
+    done = trials.progressed
+    return Tuned(result, done.trials, done.feasible, best, objective, done.known, searched.ended)
+
+
+def _watched(trials: Trials, watch: Watcher | None) -> Callable[[Sequence[Point]], list[Shown]]:
+    """Measures, and tells whoever watches."""
+
+    def measured(points: Sequence[Point]) -> list[Shown]:
         found = trials.measure(points)
         if watch is not None:
             watch(trials.progressed)
         return found
 
-    with progress.task("tuning"):
-        searched = search(state, tuner, measured, limits, start.first)
-    best = _fast_enough(trials, budget)
-    with progress.task("verifying"):
-        result = _result(run, start, trials, best, budget)
-    done = trials.progressed
-    return Tuned(result, done.trials, done.feasible, best, objective, done.known, searched.ended)
+    return measured
+
+
+def _state(trials: Trials, seed: int) -> State:
+    """Nothing tried yet, and what trials of other models tell."""
+    others = trials.history.others(trials.run.original.loaded.digest, trials.columns, trials.objective)
+    return State(trials.start.space, (), (), trials.features, trials.allowed, others, seed)
 
 
 def _own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -211,49 +226,3 @@ def _own(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _file(path: Path | None) -> Path | None:
     return path / FILE if path is not None and path.is_dir() else path
-
-
-def _fast_enough(trials: Trials, budget: Budget) -> int:
-    """The best feasible trial; without a latency budget, the best of those that are not slower than float.
-
-    Where none is feasible the one that comes nearest to the budgets: complete and small.
-    """
-    done = trials.progressed.trials
-    order = trials.ranked()
-    if not order:
-        return min(range(len(done)), key=lambda index: (not done[index].complete, done[index].size))
-    if budget.max_latency is not None or trials.run.options.activations == "8":
-        return order[0]
-    for index in order[:SLOW_TRIES]:
-        context, candidate = trials.built(index)
-        session = make_session(candidate.emitted.model, threads=context.options.threads)
-        if relative_latency(context, candidate, session) <= SLOWER:
-            return index
-    return order[0]
-
-
-def _result(run: Run, start: Start, trials: Trials, best: int, budget: Budget) -> Result:
-    """Build the best once more, verify it and report."""
-    context, candidate = trials.built(best)
-    figures = measure(context, candidate)
-    done = trials.progressed.trials
-    rows = tuple(
-        Contender(
-            f"{index + 1}: {label(trial.configuration)}",
-            trial.size,
-            figures.sqnr if index == best else (trial.sqnr if trial.sqnr is not None else -math.inf),
-            figures.latency if index == best else (trial.latency if trial.latency is not None else math.nan),
-            index == best,
-            trial.loss,
-        )
-        for index, trial in enumerate(done)
-        if trial.complete
-    )
-    changed = trials.rescaled(best)
-    recipe = trials.recipe(best)
-    plan = plan_of(context, candidate, recipe, ())
-    notes = (f"{len(done)} trials, {sum(trials.progressed.feasible)} within the budget; number {best + 1} was kept",)
-    outcome = Outcome(candidate, plan, rows, Allocation({}, notes=notes))
-    outcome = replace(outcome, plan=changed.recorded(outcome.plan))
-    result = finish(context, budget, outcome, run)
-    return replace(result, report=replace(result.report, scales=changed.rows))

@@ -25,9 +25,12 @@ from quantkit.types import QuantSpec
 
 UNITS = tuple(Unit(name, (name,), tuple({name: QuantSpec(bits)} for bits in (2, 4, 8))) for name in ("u0", "u1"))
 WIDTHS = Widths(UNITS, {"uniform": (1, 1), "auto": (0, 2)}, ((0,), (1,)))
-EVERYTHING = Possible(("none", "cle"), static=True, biases=True)
+EVERYTHING = Possible(("none", "cle"), static=True, biases=True, samples=100)
 SPACE = make_space(recipe_dimensions(Options(), EVERYTHING), WIDTHS)
 PLAIN: dict[str, Value] = {
+    "samples": "all",
+    "granularity": "channel",
+    "ends": "planned",
     "transform": "none",
     "quantizer": "auto",
     "inputs": "float",
@@ -50,7 +53,14 @@ def test_what_is_fixed_or_makes_no_difference_has_one_value() -> None:
     found = values(Options(), EVERYTHING)
     assert all(len(found[name]) > 1 for name in found)
     nothing = values(Options(), Possible(("none",), static=False, biases=False))
-    assert [name for name in nothing if len(nothing[name]) > 1] == ["quantizer", "inputs", "activations", "group size"]
+    assert [name for name in nothing if len(nothing[name]) > 1] == [
+        "quantizer",
+        "granularity",
+        "inputs",
+        "activations",
+        "group size",
+        "ends",
+    ]
     fixed = values(
         Options(activations="8", calibrator="mse", quantizer="gptq", inputs="float", group_size=16, transform="awq"),
         EVERYTHING,
@@ -58,6 +68,7 @@ def test_what_is_fixed_or_makes_no_difference_has_one_value() -> None:
     assert {name: value for name, value in fixed.items() if len(value) == 1} == {
         "transform": ("awq",),
         "quantizer": ("gptq",),
+        "granularity": ("channel",),
         "inputs": ("float",),
         "activations": ("8",),
         "calibrator": ("mse",),
@@ -73,6 +84,10 @@ def test_settings_that_nothing_reads_make_no_new_point() -> None:
     ]
     assert len({SPACE.point(item) for item in same}) == 1
     assert SPACE.point({**PLAIN, "inputs": "quantized", "bias": True}) == SPACE.point({**PLAIN, "inputs": "quantized"})
+    assert SPACE.point({**PLAIN, "granularity": "tensor"}) == SPACE.point(PLAIN)  # only rtn knows it
+    whole = {**PLAIN, "quantizer": "rtn", "granularity": "tensor"}
+    assert SPACE.point(whole) != SPACE.point({**PLAIN, "quantizer": "rtn"})
+    assert options_of(whole, Options()).settings == {"rtn.per_tensor": True}
     assert SPACE.point({**PLAIN, "bias": True}) != SPACE.point(PLAIN)
     assert SPACE.point({**PLAIN, "calibrator": "mse"}) != SPACE.point(PLAIN)
 
@@ -100,9 +115,9 @@ def test_a_configuration_says_options_and_recipe() -> None:
 
 def test_every_known_value_has_a_column() -> None:
     found = features(PLAIN)
-    assert len(found) == len(columns()) and found.sum() == 8
+    assert len(found) == len(columns()) and found.sum() == 11
     assert dict(zip(columns(), found, strict=True))["calibrator=minmax"] == 1
-    assert features({**PLAIN, "group size": 48}).sum() == 7  # a value of the user's own
+    assert features({**PLAIN, "group size": 48}).sum() == 10  # a value of the user's own
 
 
 def test_labels_say_what_differs() -> None:
@@ -117,6 +132,8 @@ def test_labels_say_what_differs() -> None:
         "group size": 32,
         "bias": True,
         "activations": "none",
+        "ends": "float",
+        "samples": 32,
     }
-    assert label(everything) == "uniform, -+, cle, rtn, symmetric, g32, bias, A float"
+    assert label(everything) == "uniform, -+, cle, rtn, symmetric, g32, bias, ends float, 32 samples, A float"
     assert label({**PLAIN, "inputs": "quantized"}) == "uniform, sequential, minmax"
