@@ -28,6 +28,7 @@ ROOM = 0.9
 AIM = 0.96
 LARGEST_STEP = 1.6
 SLOWER = 1.05
+LEFT_FLOAT = "chosen to stay float"
 NEAR = 1  # bits: widths of which a layer's reason tells the losses
 
 
@@ -291,10 +292,9 @@ def _not_slower(recipe: Recipe, candidate: Candidate, figures: Measurement, ledg
 def plan_of(context: Context, candidate: Candidate, recipe: Recipe, rows: Sequence[SensitivityRow]) -> Plan:
     """The candidate's decisions, and the settings that repeat them."""
     losses = {name: _losses(row) for row in rows for name in row.layers}
-    layers = {
-        name: LayerPlan(option.spec, option.form, _reason(option) + losses.get(name, ""))
-        for name, option in candidate.chosen.items()
-    }
+    layers = {name: LayerPlan(None, None, LEFT_FLOAT) for name in context.targets}
+    for name, option in candidate.chosen.items():
+        layers[name] = LayerPlan(option.spec, option.form, _reason(option) + losses.get(name, ""))
     options = context.options
     settings: dict[str, Any] = {
         "allocator": options.allocator,

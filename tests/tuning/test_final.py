@@ -1,0 +1,66 @@
+"""The best configuration made again with nearly all samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit.budget import Budget
+from quantkit.candidate import Candidate, Context
+from quantkit.pipeline import apply
+from quantkit.tuning import final
+from quantkit.tuning.tune import Tuned, TuneSettings, tune
+from quantkit.types import Measurement
+from tests.helpers import models
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.quick(monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def tuned(**changes: Any) -> Tuned:
+    return tune(
+        models.cnn(),
+        calibration=models.images(120),
+        budget=Budget(avg_bits=4.0),
+        search_settings=TuneSettings(3, **changes),
+        allocator="uniform",
+        quantizer="mse",
+    )
+
+
+def fixed(monkeypatch: pytest.MonkeyPatch, refitted_loss: float) -> None:
+    """What is made again loses so much on held-out samples, everything else 1."""
+    plain = final.measure
+
+    def measured(context: Context, candidate: Candidate) -> Measurement:
+        found = plain(context, candidate)
+        loss = refitted_loss if candidate.name.endswith(final.REFITTED) else 1.0
+        return Measurement(found.size, found.sqnr, found.drop, found.latency, loss)
+
+    monkeypatch.setattr(final, "measure", measured)
+
+
+def test_more_samples_are_used_where_that_is_no_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed(monkeypatch, 0.99)
+    found = tuned()
+    assert found.result.plan.settings["holdout"] == 10
+    assert any("made again with 108 samples" in note for note in found.result.report.notes)
+    (chosen,) = [row for row in found.result.report.contenders if row.chosen]
+    assert chosen.name.endswith(", refitted")
+    found.result.save(tmp_path / "q.onnx")
+    apply(models.cnn(), found.result.plan, calibration=models.images(120)).save(tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "q.onnx").read_bytes()
+
+
+def test_not_where_it_is_worse_or_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed(monkeypatch, 1.01)
+    for found in (tuned(), tuned(refit=False)):
+        assert found.result.plan.settings["holdout"] == 40
+        assert not any("made again" in note for note in found.result.report.notes)
+        (chosen,) = [row for row in found.result.report.contenders if row.chosen]
+        assert chosen.name.startswith(f"{found.best + 1}: ")
