@@ -28,6 +28,7 @@ ROOM = 0.9
 AIM = 0.96
 LARGEST_STEP = 1.6
 SLOWER = 1.05
+SPARE = 500  # part of the size that is left where the biases of other bits may take more
 LEFT_FLOAT = "chosen to stay float"
 NEAR = 1  # bits: widths of which a layer's reason tells the losses
 
@@ -218,7 +219,7 @@ def _sequenced(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Led
     limit = budget.max_bytes(context.loaded.size)
     if limit is not None and not _stays_within(budget, candidate, other, ledger) and budget.max_latency is None:
         # The biases that it corrects are new bytes: bits make room for them.
-        tighter = replace(budget, max_size=max(2 * limit - other.size, 1))
+        tighter = replace(budget, max_size=max(2 * limit - other.size - limit // SPARE, 1))
         retried = _in_sequence(_allocated(tighter, recipe, ledger)[0], recipe, ledger)
         other = retried if retried.size <= limit else other
     before, after = ledger.measure(candidate), ledger.measure(other)
