@@ -54,6 +54,7 @@ class Quantune:
             raise InputError(f"quantune.margin must be at least 0 and below 1, got {self.margin}")
 
     def allocate(self, problem: AllocationProblem) -> Allocation:
+        tuner: Tuner = make("tuners", self.search, {})
         found = Auto().allocate(problem)
         units = found.units or units_of(problem)
         best = choice_of(units, found)
@@ -63,7 +64,6 @@ class Quantune:
         widths = make_widths(problem, units, self._plans(problem, units, found, best))
         tried = _Trials(problem, widths, losses(units, next(iter(found.scores.values())).raw))
         state = State(tried.space, (), (), tried.features, tried.allowed, seed=problem.seed)
-        tuner: Tuner = make("tuners", self.search, {})
         with problem.progress.task("learning from trials", total=self.trials) as advance:
 
             def measure(points: Sequence[Point]) -> list[Outcome]:

@@ -16,9 +16,10 @@ from scipy import stats
 
 from quantkit.errors import InputError
 from quantkit.tuning.acquisition import expected_improvement, pick
+from quantkit.tuning.boosted import OURS, Boosted
 from quantkit.tuning.search import Others, Proposal, State, Tuner
 from quantkit.tuning.space import Point
-from quantkit.tuning.surrogate import OURS, Boosted, Prediction
+from quantkit.tuning.surrogate import Prediction
 from quantkit.types import Array
 
 ACQUISITIONS = ("auto", "ei", "greedy")
