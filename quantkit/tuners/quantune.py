@@ -23,7 +23,9 @@ from quantkit.tuning.surrogate import Prediction
 from quantkit.types import Array
 
 ACQUISITIONS = ("auto", "ei", "greedy")
-LEAST_CHANCE = 0.02
+LEAST_CHANCE = 1e-6
+UNLIKELY = 0.2
+"""Below this chance of keeping the budgets, a point is tried only when there is no other."""
 ENOUGH = 6
 """Trials of a model after which it is asked whether others resemble it."""
 
@@ -114,7 +116,7 @@ class Quantune:
             return np.ones(len(pool))
         known = state.features(state.points)
         found = self._trees.predict(known, state.feasible.astype(np.float64), state.features(pool), seed=seed)
-        return np.clip(found.mean, LEAST_CHANCE, 1.0)
+        return np.where(found.mean < UNLIKELY, LEAST_CHANCE, np.minimum(found.mean, 1.0))
 
 
 def _trust(expected: Array, values: Array) -> float:

@@ -36,6 +36,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tuned(trials: int = 8, *, bits: float = 4.0, path: Path | None = None, **settings: Any) -> Tuned:
+    settings.setdefault("allocator", "uniform")
     search = {key: settings.pop(key) for key in ("tuner", "batch", "objective") if key in settings}
     return tune(
         models.cnn(),
@@ -48,7 +49,7 @@ def tuned(trials: int = 8, *, bits: float = 4.0, path: Path | None = None, **set
 
 def test_never_worse_than_the_allocator_and_the_uniform_plan() -> None:
     seen: list[Progressed] = []
-    found = tuned(10, watch=seen.append)
+    found = tuned(10, watch=seen.append, allocator="auto")
     assert len(found.trials) == 10 == len(seen)
     losses = [trial.loss for trial, fits in zip(found.trials, found.feasible, strict=True) if fits]
     kept = found.trials[found.best]
@@ -105,11 +106,11 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     onnx.save(models.cnn(), tmp_path / "m.onnx")
     np.savez(tmp_path / "calib.npz", **models.images(40))
     command = [sys.executable, "-m", "quantkit", "tune", "m.onnx", "--calib", "calib.npz", "--avg-bits", "4"]
-    command += ["--trials", "8", "--workers", "1", "--cache", "cache", "-q"]
+    command += ["--trials", "6", "--allocator", "uniform", "--workers", "1", "--cache", "cache", "-q"]
     environment = {**os.environ, "HOME": str(tmp_path)}
     subprocess.run([*command, "-o", "whole.onnx"], cwd=tmp_path, env=environment, check=True, timeout=300)
     log = tmp_path / "part.onnx.trials.jsonl"
-    for lines in (2, 5):
+    for lines in (2, 4):
         running = subprocess.Popen([*command, "-o", "part.onnx"], cwd=tmp_path, env=environment)
         deadline = time.monotonic() + 300
         while running.poll() is None and time.monotonic() < deadline:
@@ -149,6 +150,7 @@ def test_trials_of_another_model_are_learnt_from(tmp_path: Path) -> None:
         calibration=models.images(40),
         budget=Budget(avg_bits=4.0),
         search_settings=TuneSettings(4, history=history),
+        allocator="uniform",
         watch=seen.append,
     )
     assert other.known == 0 and len(other.trials) == 4
@@ -231,7 +233,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["tune", "m.onnx", "--calib", "calib.npz", "--avg-bits", "4", "--trials", "5", "--cache", "cache"]
+    arguments = ["tune", "m.onnx", "--calib", "calib.npz", "--avg-bits", "4", "--trials", "5", "--allocator", "uniform"]
     assert main([*arguments, "--json", "--save-plan", "plan.json"]) == 0
     out, err = capsys.readouterr()
     data = json.loads(out)
