@@ -183,7 +183,7 @@ def own(folder: Path, measure: str, close: float) -> list[Table]:
             goal = float(values.min())
         else:
             lost = 100 * (head["float_top1"] - np.array([row["top1"] for row in rows]))
-            values = logs(lost)
+            values = np.arcsinh(lost / FLOOR)  # a logarithm of what is lost, a line where a recipe is better than float
             goal = float(values[lost <= lost.min() + close].max())
         tables.append(Table(head["network"], space, points, values, np.array(head["structure"], np.float64), goal))
     return tables
