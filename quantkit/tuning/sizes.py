@@ -10,7 +10,7 @@ from quantkit.allocators._table import Unit
 from quantkit.candidate import Context
 from quantkit.costs.size import layer_bytes
 from quantkit.problem import sizing_chooser, sizing_form
-from quantkit.tuning.recipes import ACTIVATIONS, ENDS, FLOAT, GROUP, options_of
+from quantkit.tuning.recipes import ACTIVATIONS, BIAS, ENDS, FLOAT, GROUP, INPUTS, TRANSFORM, options_of
 from quantkit.tuning.space import Configuration
 from quantkit.types import QuantSpec
 
@@ -23,7 +23,8 @@ class Sizes:
 
     Attributes:
         context: of the plain model.
-        rest: activations and group size -> the fewest bytes beside the layers that a file has shown; "" = of any.
+        rest: what decides them -> the most bytes beside the layers that a file has shown; "" = of any file. Too many
+            cost a plan that would just have fitted, too few cost a trial.
     """
 
     context: Context
@@ -33,7 +34,7 @@ class Sizes:
 
     def table(self, configuration: Configuration) -> list[list[int]]:
         """[units][options] bytes of layers with the configuration's activations and group size."""
-        kind = _kind(configuration)
+        kind = f"{configuration[ACTIVATIONS]} {configuration[GROUP]}"
         if kind not in self._tables:
             context = replace(self.context, options=options_of(configuration, self.context.options))
             chooser, targets = sizing_chooser(context), context.targets
@@ -60,7 +61,7 @@ class Sizes:
         """A file with this choice takes so much."""
         rest = size - self._layers(configuration, choice)
         for kind in (_kind(configuration), ""):
-            self.rest[kind] = min(rest, self.rest.get(kind, rest))
+            self.rest[kind] = max(rest, self.rest.get(kind, rest))
 
     def _layers(self, configuration: Configuration, choice: Sequence[int]) -> int:
         rows = [row[option] for row, option in zip(self.table(configuration), choice, strict=True)]
@@ -74,4 +75,5 @@ class Sizes:
 
 
 def _kind(configuration: Configuration) -> str:
-    return f"{configuration[ACTIVATIONS]} {configuration[GROUP]}"
+    """Corrected biases, scales of activations and zero points of groups are bytes beside the codes."""
+    return " ".join(str(configuration[name]) for name in (ACTIVATIONS, GROUP, INPUTS, BIAS, TRANSFORM))
