@@ -67,7 +67,7 @@ def add(parser: ArgumentParser) -> None:
     group.add_argument(
         "--no-refit",
         action="store_true",
-        help="keep the model that was tried (else it is made again with nearly all samples where that is no worse)",
+        help="keep the model that was tried (else the best is made again with nearly all samples)",
     )
     _common.add_method_choice(parser, holdout=HOLDOUT)
     _common.add_run(parser)

@@ -51,7 +51,7 @@ class TuneSettings:
         objective: what to make small: `loss` in nats, `drop` of the user's metric, `size` within --max-drop.
         history: file or folder of measured trials; a folder's are learnt from, whatever model they are of.
         executor: where candidates run: `local` processes or a `ray` cluster.
-        refit: make the best configuration again with nearly all samples, and keep that where it measures no worse.
+        refit: make the best configuration again with nearly all samples.
     """
 
     trials: int = 40
