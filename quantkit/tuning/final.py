@@ -70,7 +70,7 @@ def as_tried(trials: Trials, index: int) -> Kept:
 def refitted(trials: Trials, index: int, kept: Kept, wider: Callable[[int], Run]) -> Kept:
     """The configuration made again with nearly all samples, unless that is too large, too slow or goes wrong.
 
-    More samples make weights fit better (7 percent less loss on 800 other images, SqueezeNet), and none are left to show
+    More samples make weights fit better (7 percent less loss on 800 other images, SqueezeNet); none are left to show
     so small a difference: each is measured on the samples that it has not seen, and only a bad surprise counts.
 
     Args:
