@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from quantkit.tuning.tune import Progressed, Tuned, Watcher
+    from quantkit.tuning.trials import Progressed
+    from quantkit.tuning.tune import Tuned, Watcher
 
 HELP = "search for the best configuration by measuring many"
 USAGE = "quantkit tune MODEL --calib SRC --max-size SIZE [options]"
@@ -86,6 +87,7 @@ def run(args: Namespace) -> int:
     options = {"holdout": HOLDOUT, **method_options(args)}
     calibration, evaluation = _common.calibration_of(args), evaluation_of(args)
 
+    from quantkit.report.progress import ConsoleProgress, SilentProgress
     from quantkit.tuning.tune import TuneSettings, tune
 
     _common.keep_external(outputs, model)
@@ -102,7 +104,7 @@ def run(args: Namespace) -> int:
                 evaluation=evaluation,
                 search_settings=settings,
                 watch=watch,
-                progress=_common.progress_of(args),
+                progress=SilentProgress() if args.quiet else ConsoleProgress(console),  # above the same table
                 **options,
             )
     except KeyboardInterrupt as stop:

@@ -13,13 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from quantkit.allocators._ilp import total
-from quantkit.candidate import Candidate, Context, Recipe, relative_latency
+from quantkit.candidate import Candidate, Context, relative_latency
 from quantkit.costs.bops import bops, shapes_of
 from quantkit.graph.emit import in_memory
 from quantkit.runtime.ort import make_session
 from quantkit.tuning.features import STRUCTURE, structure
 from quantkit.tuning.history import History, Trial, content_key, figure_of, trial_row
-from quantkit.tuning.recipes import columns, features, label, recipe_of
+from quantkit.tuning.recipes import columns, features, label
 from quantkit.tuning.scoring import Exam, Score, expected_loss, score_all
 from quantkit.tuning.search import Outcome
 from quantkit.tuning.space import Configuration, Point
@@ -31,12 +31,27 @@ if TYPE_CHECKING:
     from quantkit.budget import Budget
     from quantkit.pipeline import Run
     from quantkit.rescaling import Rescaled
-    from quantkit.tuning.tune import Progressed
 
 
 BITS = ("average bits", "log predicted loss", "log size", "first bits", "last bits", "least bits")
 """Columns beside the recipe's and the model's; loss and size relative to the first trial's."""
 LEAST = 1e-12
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """After every batch, for whoever watches.
+
+    Attributes:
+        trials: all so far; `feasible` of each.
+        best: index of the best feasible one.
+        known: how many came out of the history.
+    """
+
+    trials: tuple[Trial, ...]
+    feasible: tuple[bool, ...]
+    best: int | None
+    known: int
 
 
 @dataclass
@@ -97,8 +112,6 @@ class Trials:
 
     @property
     def progressed(self) -> Progressed:
-        from quantkit.tuning.tune import Progressed
-
         order = self.ranked()
         feasible = tuple(self._feasible(trial) for trial in self.done)
         return Progressed(tuple(self.done), feasible, order[0] if order else None, self.known)
@@ -120,9 +133,6 @@ class Trials:
 
     def run_of(self, index: int) -> Run:
         return self.start.workshop.run_of(self.done[index].configuration)
-
-    def recipe(self, index: int) -> Recipe:
-        return recipe_of(self.done[index].configuration)
 
     def _measured(self, missing: Sequence[tuple[str, Point]]) -> list[tuple[str, Point, Trial]]:
         """New trials; what is too large is not run."""
@@ -161,7 +171,7 @@ class Trials:
         if found.complete and (timed or judged):
             session = make_session(candidate.emitted.model, threads=context.options.threads)
             latency = relative_latency(context, candidate, session) if timed else None
-            # What is too slow already, or only described by the metric, need not be evaluated.
+            # The metric is evaluated only where it decides something: it may take far longer than all the rest.
             if judged and (self.objective == "drop" or self.budget.max_drop is not None):
                 assert context.evaluation is not None
                 drop = context.evaluation.drop(session)

@@ -1,8 +1,8 @@
 """tune(): learn from real evaluations which configuration of everything is best within a budget.
 
-The first trials are the uniform plan and the plan of the allocator `auto` as `compress` would make it, so that tuning
-never ends worse than it on the samples that measure. Every trial is a real model run in its runtime; hopeless ones end
-early. Trials are kept by content in a history, from which an interrupted search goes on where it stopped.
+The first trials are the uniform plan and the plan of the allocator `auto` as `compress` would make it, so that the best
+trial is never worse than either on the samples that measure. Every trial is a real model run in its runtime; hopeless
+ones end early. Trials are kept by content in a history, from which an interrupted search goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from quantkit.tuning.search import Limits, State, Tuner, search
 from quantkit.tuning.search import Outcome as Shown
 from quantkit.tuning.space import Point
 from quantkit.tuning.start import make_start
-from quantkit.tuning.trials import Trials
+from quantkit.tuning.trials import Progressed, Trials
 from quantkit.types import Allocator
 
 HELD_OUT = 256
@@ -37,7 +37,7 @@ DEFAULT_HOLDOUT = 40
 NOISE = 0.005
 """Expected gains below half a percent of the loss are not worth a trial."""
 OBJECTIVES = ("loss", "drop", "size")
-Watcher = Callable[["Progressed"], None]
+Watcher = Callable[[Progressed], None]
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,6 @@ class TuneSettings:
         if found == "size" and budget.max_drop is None:
             raise InputError("the objective size needs an accuracy to keep: give --max-drop")
         return found
-
-
-@dataclass(frozen=True)
-class Progressed:
-    """After every batch, for whoever watches.
-
-    Attributes:
-        trials: all so far; `feasible` of each.
-        best: index of the best feasible one.
-        known: how many came out of the history.
-    """
-
-    trials: tuple[Trial, ...]
-    feasible: tuple[bool, ...]
-    best: int | None
-    known: int
 
 
 @dataclass(frozen=True)

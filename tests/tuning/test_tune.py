@@ -25,7 +25,8 @@ from quantkit.errors import InputError
 from quantkit.pipeline import apply
 from quantkit.runtime.ort import make_session
 from quantkit.tuning.history import open_history
-from quantkit.tuning.tune import Progressed, Tuned, TuneSettings, tune
+from quantkit.tuning.trials import Progressed
+from quantkit.tuning.tune import Tuned, TuneSettings, tune
 from tests.helpers import models
 
 
