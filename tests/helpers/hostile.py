@@ -231,3 +231,15 @@ STRUCTURED: Mapping[str, Callable[[bytes, random.Random], bytes]] = {
     ".json": _json,
     ".npy": _npy,
 }
+
+
+def refuse(path: Path, *parts: str) -> None:
+    told = refused(path)
+    assert told is not None and len(told) < 1000
+    for part in parts:
+        assert part in told, told
+
+
+def saved(model: onnx.ModelProto, folder: Path) -> Path:
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    return folder / "m.onnx"
