@@ -229,9 +229,12 @@ def timing(args: Namespace) -> None:
         spec = QuantSpec(args.bits, args.group)
         with Usage() as rounding:
             names = list(context.targets)
-            tasks = [Task(name, context.targets[name].load(), context.stats[name], (spec,)) for name in names]
+            tasks = [
+                Task(name, context.targets[name].shape, context.targets[name].load, context.stats[name], (spec,))
+                for name in names
+            ]
             made = dict(quantize_all(GPTQ(), tasks, args.workers))
-    found = [_relative(Layer(task.name, task.weight, task.stats), made[task.name][0]) for task in tasks if task.stats]
+    found = [_relative(Layer(task.name, task.load(), task.stats), made[task.name][0]) for task in tasks if task.stats]
     steps = {"rescaling (awq)": scaling, "statistics": reading, "gptq": rounding, "whole": whole}
     details: dict[str, object] = {"layers": len(tasks), "processes": worker_count(args.workers)}
     for name, usage in steps.items():

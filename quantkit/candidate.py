@@ -11,6 +11,7 @@ from functools import cached_property
 
 import onnx_ir as ir
 
+from quantkit.cache import Store
 from quantkit.calibration import accumulators
 from quantkit.calibration.accumulators import Distribution
 from quantkit.calibration.augment import Augmented, token_inputs
@@ -19,19 +20,20 @@ from quantkit.costs.bops import macs, shapes_of
 from quantkit.costs.latency import LatencyCache
 from quantkit.costs.layers import LayerTimes
 from quantkit.divergence import Divergence
-from quantkit.evaluation import Evaluation, agreement_error
+from quantkit.evaluation import Evaluation
 from quantkit.feeds import samples_of, shapes_in, typical_feed
 from quantkit.forms import Chooser, Option, choose_forms, operations_limits, static_layers
 from quantkit.graph.bias import bias_shift, correctable
 from quantkit.graph.emit import Assignment, Emission, Emitted, emit, emitter, in_memory
 from quantkit.graph.load import LoadedModel
 from quantkit.graph.regions import Regions, find_regions
+from quantkit.large import is_large
 from quantkit.network import Network
 from quantkit.options import Options
 from quantkit.parallel import Task, quantize_all, quantize_one
 from quantkit.provenance import provenance_bytes
 from quantkit.report.progress import Progress, SilentProgress
-from quantkit.runtime.ort import Session, make_session, time_sessions, undisturbed_clock
+from quantkit.runtime.ort import Session, time_sessions, undisturbed_clock
 from quantkit.runtime.probe import Probe
 from quantkit.sequential import Settings, quantize_sequentially
 from quantkit.types import (
@@ -40,13 +42,11 @@ from quantkit.types import (
     Feed,
     FloatArray,
     LayerStats,
-    Measurement,
     QuantizedWeight,
     QuantSpec,
     Target,
     WeightQuantizer,
 )
-from quantkit.verify import compare, run_all
 
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse")
 TIMING_SECONDS = 1.0
@@ -95,6 +95,7 @@ class Context:
     evaluation: Evaluation | None
     cache: LatencyCache
     calibration: CalibrationData | None = None
+    store: Store = field(default_factory=Store)
     progress: Progress = field(default_factory=SilentProgress)
     weights: dict[tuple[str, QuantSpec], QuantizedWeight] = field(default_factory=dict)
 
@@ -121,7 +122,7 @@ class Context:
                 advance(1)
 
     def _task(self, target: Target, specs: tuple[QuantSpec, ...]) -> Task:
-        return Task(target.name, target.load(), seen_by(self.quantizer, self.stats.get(target.name)), specs)
+        return Task(target.name, target.shape, target.load, seen_by(self.quantizer, self.stats.get(target.name)), specs)
 
     def _keep(self, key: tuple[str, QuantSpec], made: QuantizedWeight) -> None:
         self.weights[key] = made
@@ -137,7 +138,12 @@ class Context:
         """Forms by this run's data; the arguments are those of Chooser."""
         names, runtime, group_size = frozenset(static), self.options.target, self.options.group_size
         functions = (self.stats, self.quantize, self.cost)
-        return Chooser(runtime, activations, group_size, names, activation_of, *functions, timed)
+        return Chooser(runtime, activations, group_size, names, activation_of, *functions, timed, self.large)
+
+    @cached_property
+    def large(self) -> bool:
+        """Whether weights stay in files."""
+        return is_large(self.targets.values())
 
     @cached_property
     def times(self) -> LayerTimes:
@@ -150,7 +156,7 @@ class Context:
     @cached_property
     def model_ms(self) -> float | None:
         """Time of the float model on the typical held-out feed; remembered like the layers' times."""
-        if self.held_out is None:
+        if self.held_out is None or self.large:
             return None
         feed = typical_feed(self.held_out.feeds)
         parts = {"model": self.loaded.digest, "shapes": shapes_in(feed), "threads": self.options.threads}
@@ -169,14 +175,15 @@ class Context:
 
     @cached_property
     def network(self) -> Network | None:
-        """The float model with samples to try changed weights on; None without data."""
-        if self.held_out is None or self.calibration is None:
+        """The float model with samples to try changed weights on; None without data, or where it is too large to be
+        run again and again."""
+        if self.held_out is None or self.calibration is None or self.large:
             return None
         feeds = list(self.calibration.subset(PROBE_SAMPLES))
         model, threads = self.loaded.model, self.options.threads
         return Network(
-            Probe(model, self.targets, feeds, threads),
-            Probe(model, self.targets, list(self.held_out.feeds), threads),
+            Probe(model, self.targets, feeds, threads, self.store),
+            Probe(model, self.targets, list(self.held_out.feeds), threads, self.store),
             sum(macs(target, shapes_of(target, self.stats)) for target in self.targets.values()),
         )
 
@@ -302,7 +309,7 @@ def assemble(
         }
         shifts = bias_shifts(context, layers) if recipe.bias_correction else {}
     emission = Emission(layers, regions, dict(params), context.options.target, shifts)
-    emitted = emit(context.loaded.model, emission)
+    emitted = emit(context.loaded.model, emission, context.store.spill)
     content, size = _digest(emitted.model)
     return Candidate(name, chosen, emission, emitted, content, size + provenance_bytes(context))
 
@@ -348,52 +355,3 @@ def _digest(model: ir.Model) -> tuple[str, int]:
         if value.const_value is not None:
             digest.update(value.const_value.tobytes())
     return digest.hexdigest(), inline_bytes(model)
-
-
-def measure(context: Context, candidate: Candidate) -> Measurement:
-    """Run a candidate on the held-out samples, or on the user's evaluation data alone; unknown drops are infinite."""
-    if context.held_out is None and context.evaluation is None:
-        return Measurement(candidate.size, 0.0, math.inf, 1.0)
-    session = make_session(candidate.emitted.model, threads=context.options.threads)
-    if context.held_out is None:
-        assert context.evaluation is not None
-        drop, error = context.evaluation.drop_with_error(session)
-        return Measurement(candidate.size, 0.0, drop, 1.0, drop_error=error)
-    outputs = run_all(session, context.held_out.feeds)
-    found = compare(context.held_out.outputs, outputs)
-    if context.evaluation is not None:
-        drop, error = context.evaluation.drop_with_error(session)
-    else:
-        drop = 1 - (found.cosine if found.top1_agreement is None else found.top1_agreement)
-        error = agreement_error(context.held_out.outputs, outputs)
-    loss = context.divergence.mean([context.held_out.outputs], [outputs])
-    latency = relative_latency(context, candidate, session)
-    if context.model_ms is not None:
-        context.times.remember(candidate.chosen, latency * context.model_ms)
-    return Measurement(candidate.size, found.sqnr, drop, latency, loss, error)
-
-
-def relative_latency(context: Context, candidate: Candidate, session: Session, *, check: bool = False) -> float:
-    """Measured beside the float model on the typical held-out feed; remembered by content, so runs repeat.
-
-    Args:
-        check: measure again, and believe the new figure when the remembered one is far off (a loaded machine).
-    """
-    assert context.held_out is not None
-    feed = typical_feed(context.held_out.feeds)
-    parts = {
-        "emitted": candidate.content,
-        "model": context.loaded.digest,
-        "shapes": shapes_in(feed),
-        "threads": context.options.threads,
-    }
-    known, sessions = context.cache.get(parts), [context.held_out.session, session]
-    clock = undisturbed_clock(context.options.threads)
-    if known is None:
-        known = time_sessions(sessions, feed, seconds=TIMING_SECONDS, clock=clock)
-        known = context.cache.put(parts, known)
-    elif check:
-        fresh = time_sessions(sessions, feed, seconds=TIMING_SECONDS, clock=clock)
-        if abs(math.log(fresh[1] / fresh[0] / (known[1] / known[0]))) > LATENCY_DOUBT:
-            known = context.cache.put(parts, fresh, replace=True)
-    return known[1] / known[0]

@@ -57,11 +57,11 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside a file to be; gone afterwards, with those that killed runs left for the same file."""
     prefix = f".{path.name[:80]}."
     for old in path.parent.glob(f"{_literal(prefix)}*/{LOCK}"):
-        _remove_abandoned(old)
+        remove_abandoned(old)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     try:
         with (folder / LOCK).open("wb") as lock:
-            _lock(lock.fileno())
+            hold_lock(lock.fileno())
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,14 +76,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove_abandoned(lock: Path) -> None:
+def remove_abandoned(lock: Path) -> None:
     """The folder of a run that no longer lives: nobody holds its lock."""
     with suppress(OSError), lock.open("rb") as file:
-        if _lock(file.fileno()):
+        if hold_lock(file.fileno()):
             shutil.rmtree(lock.parent, ignore_errors=True)
 
 
-def _lock(handle: int) -> bool:
+def hold_lock(handle: int) -> bool:
     """Take the lock, which ends with the process; False when another holds it or locks do not exist here."""
     try:
         import fcntl

@@ -33,6 +33,8 @@ NOISE_ALLOWANCE = 1.25
 LATENCY_STEP = 0.05
 WEIGHT_ONLY_FORMS = ("packed", "matmulnbits")
 INTEGER_FORMS = ("dynamic",)
+# What the others hold of a layer at run time is four or eight bits a weight and more, whatever the file holds.
+PACKED_AT_RUN_TIME = ("matmulnbits",)
 # Without calibration rows, the noise of 8-bit activations is taken to be that of 40 dB.
 UNSEEN_ACTIVATION_NOISE = 1e-4
 
@@ -75,6 +77,7 @@ class Chooser:
         quantize: (target, spec) -> weight, remembered by the caller.
         cost: (target, spec, form, rows) -> (float ms, form ms).
         timed: measure layers that have no choice of form, too: the whole model's time is asked for.
+        packed: layers stay packed at run time wherever a form can do that: the model is large.
     """
 
     runtime: str
@@ -86,6 +89,7 @@ class Chooser:
     quantize: Callable[[Target, QuantSpec], QuantizedWeight]
     cost: Callable[[Target, QuantSpec, str, int], tuple[float, float]]
     timed: bool = False
+    packed: bool = False
 
     def options(self, target: Target, asked: QuantSpec) -> list[Option]:
         """All forms that can hold the layer at this width; the most accurate first.
@@ -110,7 +114,8 @@ class Chooser:
                 spec = replace(asked, act_bits=spec.act_bits)
             if emitter(form).refuse(target, spec, self.runtime) is None:
                 found.append((form, spec))
-        return found
+        small = [pair for pair in found if pair[0] in PACKED_AT_RUN_TIME]
+        return small if self.packed and small else found
 
     def _forms(self, target: Target) -> Sequence[str]:
         if target.name in self.static:
@@ -136,8 +141,10 @@ class Chooser:
         return QuantSpec(bits, group_size, symmetric=by_row and group_size == -1, act_bits=act_bits)
 
     def _option(self, target: Target, spec: QuantSpec, form: str) -> Option:
-        noise = self.noise(target, spec, form)
-        chosen = form in (*WEIGHT_ONLY_FORMS, *INTEGER_FORMS) and target.op in ("MatMul", "Gemm")
+        seen = self.stats.get(target.name)
+        unseen = seen is None or seen.rows is None
+        noise = 0.0 if self.packed and unseen else self.noise(target, spec, form)
+        chosen = not self.packed and form in (*WEIGHT_ONLY_FORMS, *INTEGER_FORMS) and target.op in ("MatMul", "Gemm")
         if not chosen and not self.timed:
             return Option(form, spec, noise, 0.0, 0.0)
         float_ms, form_ms = self.cost(target, spec, form, typical_rows(self.stats.get(target.name)))

@@ -35,7 +35,8 @@ class Options:
         settings: method settings, `{"mse.steps": 40}`.
         random_calibration: allow made-up inputs when no data is given.
         seed: of everything random.
-        cache: folder for measured latencies (None = the user's cache folder).
+        cache: folder for finished work, which a later run with the same model, data and settings finds again, and for
+            measured latencies; None = work is not kept, and latencies are in the user's cache folder.
         memory_limit: bytes that calibration may hold at once.
         holdout: percentage of the calibration samples that only measure.
         calibration_size: of the others, so many are used (0 = all).

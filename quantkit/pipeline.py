@@ -21,10 +21,11 @@ from quantkit import forms
 from quantkit.allocation import CORRECTION_GAIN_DB, Outcome, allocate
 from quantkit.allocators._table import Allocation
 from quantkit.budget import Budget
+from quantkit.cache import Scratch, Store
 from quantkit.calibration.collector import Collected, Request, Settings, collect
 from quantkit.calibration.data import CalibrationData, random_calibration
 from quantkit.calibration.request import EvaluationRequest
-from quantkit.candidate import Candidate, Context, HeldOut, relative_latency
+from quantkit.candidate import Candidate, Context, HeldOut
 from quantkit.costs.latency import open_cache
 from quantkit.errors import InputError
 from quantkit.evaluation import label_input, make_evaluation, needs_labels
@@ -32,6 +33,9 @@ from quantkit.graph.emit import save, simulate
 from quantkit.graph.load import LoadedModel, load_model
 from quantkit.graph.regions import find_regions, moved
 from quantkit.graph.targets import Untouched, find_targets
+from quantkit.kept import kept
+from quantkit.large import is_large, make_scratch, open_store, reference_session
+from quantkit.measuring import relative_latency
 from quantkit.methods import make
 from quantkit.options import Options, make_options
 from quantkit.parity import check_layers
@@ -59,8 +63,6 @@ FEW = 2
 # Largest integers in made-up inputs: the first one that all tables of the model are long enough for.
 MADE_UP_IDS = (99, 9, 1)
 NO_TARGETS = "no MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM or GRU has a constant weight and an input that is not"
-# Weights of a model that is run on made-up inputs, in bytes of float: it is held in memory twice for that.
-UNSEEN_LIMIT = 1 << 30
 ERROR_STATS = frozenset({"rows", "mean"})
 
 
@@ -73,12 +75,14 @@ class Result:
         plan: every decision; `quantkit.plan.save_plan` writes it, `apply` repeats it.
         report: what was measured.
         allocation: how bits were allocated: sensitivities, and the front of choices.
+        files: where the weights of a large model lie until it is saved; None = in memory.
     """
 
     model: ir.Model
     plan: Plan
     report: Report
     allocation: Allocation = field(default_factory=lambda: Allocation({}))
+    files: Scratch | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the model; the final name appears only when the file is whole.
@@ -86,7 +90,7 @@ class Result:
         Raises:
             OSError: the folder cannot be written, or the disk is full.
         """
-        save(self.model, Path(path))
+        save(self.model, Path(path), None if self.files is None else self.files.folder)
 
 
 @dataclass(frozen=True)
@@ -167,13 +171,15 @@ def prepare(
     name = _name(loaded, model)
     if not targets:
         raise InputError(f"{name} has no layer to quantize: {_reasons(untouched)}")
-    reference = make_session(loaded.model, threads=options.threads)
+    reference = reference_session(loaded.model, is_large(targets.values()), options.threads)
     settings = method_settings(options, options.quantizer)
-    quantizer: WeightQuantizer = make("quantizers", options.quantizer, settings)
+    store = open_store(options, targets.values())
+    quantizer = kept(make("quantizers", options.quantizer, settings), store)
     data = _open_data(calibration, reference, options, most_held_out)
     judge = None if evaluation is None else _evaluation(evaluation, reference)
     wanted = quantizer.stats | statistics | ERROR_STATS
-    return Run(name, Rescaled(loaded, targets), untouched, reference, options, quantizer, wanted, data, judge, progress)
+    original = Rescaled(loaded, targets)
+    return Run(name, original, untouched, reference, options, quantizer, wanted, data, judge, progress, store)
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,7 @@ class Run:
     data: Data
     evaluation: Any
     progress: Progress
+    store: Store = field(default_factory=Store)
 
     def rescaled(self, names: Sequence[str], bits: int) -> Rescaled:
         if not names:
@@ -208,12 +215,17 @@ class Run:
         self, model: ir.Model, targets: Mapping[str, Target], wanted: frozenset[str]
     ) -> Mapping[str, LayerStats]:
         assert self.data.calibration is not None
-        settings = Settings(self.options.memory_limit, self.options.threads, self.options.seed)
-        return collect(model, self.data.calibration, Request(targets, wanted, {}), settings, self.progress).stats
+        found = collect(model, self.data.calibration, Request(targets, wanted, {}), self._settings, self.progress)
+        return found.stats
+
+    @property
+    def _settings(self) -> Settings:
+        limit, threads, seed = self.options.memory_limit, self.options.threads, self.options.seed
+        return Settings(limit, threads, seed, self.store, is_large(self.original.targets.values()))
 
     def context(self, changed: Rescaled) -> Context:
         """Everything that allocation looks at, collected from the rescaled model."""
-        collected = _collect(changed.loaded, changed.targets, self.wanted, self.data, self.options, self.progress)
+        collected = self._collect(changed.loaded, changed.targets)
         return Context(
             loaded=changed.loaded,
             targets=changed.targets,
@@ -225,8 +237,23 @@ class Run:
             evaluation=self.evaluation,
             cache=open_cache(self.options.cache),
             calibration=self.data.calibration,
+            store=self.store,
             progress=self.progress,
         )
+
+    def _collect(self, loaded: LoadedModel, targets: Mapping[str, Target]) -> Collected:
+        """Statistics for the quantizer, rows for the error figures, histograms for static integer layers."""
+        if self.data.calibration is None:
+            return Collected({}, {})
+        static = forms.static_layers(loaded.model, targets, self.options.target, self.options.activations)
+        regions = find_regions(loaded.model, [node for nodes in static.values() for node in nodes])
+        # Where a shape operator moves codes, the value before it has told everything.
+        histograms = {name: group for name, group in regions.groups.items() if not moved(loaded.model, name, regions)}
+        request = Request(targets, self.wanted, histograms)
+        found = collect(loaded.model, self.data.calibration, request, self._settings, self.progress)
+        # With some layers in float, integers begin elsewhere: every value of a group is found under its own name.
+        known = {name: found.histograms[group] for name, group in regions.groups.items() if group in found.histograms}
+        return replace(found, histograms={**known, **found.histograms})
 
 
 def _best(run: Run, budget: Budget) -> tuple[Rescaled, Context, Outcome]:
@@ -312,29 +339,6 @@ def _evaluation(request: EvaluationRequest, reference: Session) -> Any:
     return make_evaluation(request, open_data(request.data, wanted), reference)
 
 
-def _collect(
-    loaded: LoadedModel,
-    targets: Mapping[str, Target],
-    wanted: frozenset[str],
-    data: Data,
-    options: Options,
-    progress: Progress,
-) -> Collected:
-    """Statistics for the quantizer, rows for the error figures, histograms for static integer layers."""
-    if data.calibration is None:
-        return Collected({}, {})
-    static = forms.static_layers(loaded.model, targets, options.target, options.activations)
-    regions = find_regions(loaded.model, [node for nodes in static.values() for node in nodes])
-    # Where a shape operator moves codes, the value before it has told everything.
-    histograms = {name: group for name, group in regions.groups.items() if not moved(loaded.model, name, regions)}
-    request = Request(targets, wanted, histograms)
-    settings = Settings(options.memory_limit, options.threads, options.seed)
-    found = collect(loaded.model, data.calibration, request, settings, progress)
-    # With some layers left in float, integers begin elsewhere: every value of a group is found under its own name.
-    known = {name: found.histograms[group] for name, group in regions.groups.items() if group in found.histograms}
-    return replace(found, histograms={**known, **found.histograms})
-
-
 def finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Result:
     """Stamp, write to a temporary file, reload, compare, time."""
     candidate, plan = outcome.candidate, outcome.plan
@@ -342,21 +346,22 @@ def finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Resu
     origin = provenance(context, decisions_to_json(plan), run.data.digest)
     model.metadata_props.update(origin)
     parity, outputs, threads = None, None, context.options.threads
+    files = make_scratch(context.options.cache) if context.large else None
     with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
-        written = Path(folder) / "model.onnx"
+        written = (Path(folder) if files is None else files.folder) / "model.onnx"
         save(model, written)
-        session = make_session(written, threads=threads)
+        session = make_session(written, threads=threads, lean=context.large)
         few = _check_feed(context, run.reference)
         if few is not None:
-            graph = simulate(context.loaded.model, candidate.emission)
+            graph = simulate(context.loaded.model, candidate.emission, context.store.spill)
             check_layers(written, graph, candidate.emitted.edges, few, threads=threads)
-            simulated = make_session(graph, threads=threads, optimize="none")
+            simulated = make_session(graph, threads=threads, optimize="none", lean=context.large)
     if context.held_out is not None:
         outputs = run_all(session, context.held_out.feeds)
         parity = check_parity(outputs, run_all(simulated, context.held_out.feeds), context.held_out.outputs)
-    measured = _measured(context, candidate, session, outputs, parity, few is not None)
+    measured = replace(_measured(context, candidate, session, outputs, parity, few is not None), feed=few)
     report = build_report(context, budget, outcome, measured, run.untouched, run.name, origin)
-    return Result(model, plan, report, outcome.allocation)
+    return Result(model if files is None else ir.load(written), plan, report, outcome.allocation, files)
 
 
 def _check_feed(context: Context, reference: Session) -> Feed | None:
@@ -370,8 +375,7 @@ def _check_feed(context: Context, reference: Session) -> Feed | None:
         batches = {array.shape[0] if array.ndim else 0 for array in feed.values()}
         fixed = any(spec.shape and isinstance(spec.shape[0], int) for spec in inputs)
         return feed if fixed or len(batches) != 1 else {name: array[:FEW] for name, array in feed.items()}
-    floats = sum(4 * target.shape[0] * target.shape[1] for target in context.targets.values())
-    if floats > UNSEEN_LIMIT:
+    if context.large:
         return None
     for max_id in MADE_UP_IDS:
         with suppress(InputError):
@@ -389,6 +393,8 @@ def _measured(
     drop = None if context.evaluation is None else context.evaluation.drop(session)
     if context.held_out is None or outputs is None or parity is None:
         return Measured(None, parity, (), drop, None, checked)
+    if context.large:  # run on mapped weights, neither is as fast as it will be
+        return Measured(compare(context.held_out.outputs, outputs), parity, (), drop, None, checked)
     timings = measure_timings(context.held_out.session, session, context.held_out.feeds)
     latency = relative_latency(context, candidate, session, check=True)
     return Measured(compare(context.held_out.outputs, outputs), parity, timings, drop, latency, checked)

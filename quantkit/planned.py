@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from quantkit.allocation import Outcome
 from quantkit.calibration.accumulators import SCHEMES
-from quantkit.candidate import Context, Recipe, activation_params, assemble, measure
+from quantkit.candidate import Context, Recipe, activation_params, assemble
 from quantkit.errors import InputError
 from quantkit.forms import Chooser, Option, choose_forms
 from quantkit.graph.emit import emitter
 from quantkit.graph.regions import find_regions
+from quantkit.measuring import measure
 from quantkit.plan import resolve
 from quantkit.problem import sizing_chooser
 from quantkit.report.types import Contender

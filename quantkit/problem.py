@@ -11,10 +11,11 @@ from typing import TypeVar
 
 from quantkit.allocators._table import impossible
 from quantkit.budget import Budget
-from quantkit.candidate import Candidate, Context, Recipe, build, measure
+from quantkit.candidate import Candidate, Context, Recipe, build
 from quantkit.costs.size import layer_bytes
 from quantkit.forms import Chooser, static_layers
 from quantkit.graph.units import find_units
+from quantkit.measuring import measure
 from quantkit.report.types import Contender
 from quantkit.types import AllocationProblem, Measurement, QuantSpec, Target
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
@@ -31,14 +30,12 @@ from quantkit.emitters._simulate import simulate_weight
 from quantkit.errors import InputError
 from quantkit.graph._trace import is_constant, trace
 from quantkit.graph.bias import correctable, shift_biases
-from quantkit.graph.segments import last_readers, segment, storable
 from quantkit.graph.targets import find_targets
 from quantkit.report.progress import Progress
-from quantkit.runtime.ort import make_session
+from quantkit.runtime.spool import Spool
 from quantkit.types import Array, Feed, FloatArray, LayerStats, QuantizedWeight, QuantSpec, Target, Use, WeightQuantizer
 
 ADDED_OPERATORS = frozenset({"MatMul", "Gemm", "Conv"})  # whose output is rows @ W^T, nothing moved or recurrent
-PREFIX = "v:"  # of names in a file of arrays: a value may be called as an argument of numpy's is
 Effective = Callable[[Target, QuantizedWeight], FloatArray]
 
 
@@ -78,14 +75,6 @@ class _Stage:
     def names(self) -> set[str]:
         reads = [read for reads in self.layers.values() for read in reads]
         return {name for read in reads for name in (read.data, read.branch) if name is not None}
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """One of the two models, and the folder of its values: one file a batch."""
-
-    model: ir.Model
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -148,8 +137,7 @@ def quantize_sequentially(
         if name not in walked:
             settle(name, targets[name].load(), None)
     with tempfile.TemporaryDirectory(prefix="quantkit-") as folder, progress.task("layers", len(walked)) as advance:
-        branches = (_Branch(model, Path(folder, "float")), _Branch(copy, Path(folder, "quantized")))
-        walk = _Walk(branches, _spool(branches, data), stages, settings)
+        walk = _Walk((model, copy), Path(folder), data, stages, settings)
         for stage in stages:
             for name, (weight, stats, item) in walk.visit(stage, targets, quantizer.stats).items():
                 settle(name, weight, stats)
@@ -203,48 +191,32 @@ def _alike(first: ir.Value, second: ir.Value) -> bool:
     return sizes[0] == sizes[1] and None not in sizes[0]
 
 
-def _spool(branches: Sequence[_Branch], data: CalibrationData | Augmented) -> list[tuple[Array, ...]]:
-    """Write the feeds as the first values of both models; the padding masks of each."""
-    masks: list[tuple[Array, ...]] = []
-    for branch in branches:
-        branch.folder.mkdir()
-    for feed in data:
-        for branch in branches:
-            _write(branch.folder / f"{len(masks)}.npz", feed)
-        masks.append(padding_masks(feed))
-    if not masks:
-        raise InputError(f"the calibration data holds no samples: {data.description}")
-    return masks
-
-
-def _write(path: Path, values: Feed) -> None:
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{f"{PREFIX}{name}": array for name, array in values.items()})
-
-
-def _read(path: Path) -> dict[str, Array]:
-    with np.load(path) as stored:
-        return {key.removeprefix(PREFIX): stored[key] for key in stored.files}
-
-
 class _Walk:
-    """Brings both models from cut to cut and adds up what the layers there need.
-
-    At a cut, `names` tells which values lie on disk: those made before it and read behind it.
-    """
+    """Brings both models from cut to cut and adds up what the layers there need."""
 
     def __init__(
         self,
-        branches: Sequence[_Branch],
-        masks: Sequence[tuple[Array, ...]],
+        models: Sequence[ir.Model],
+        folder: Path,
+        data: CalibrationData | Augmented,
         stages: Sequence[_Stage],
         settings: Settings,
     ) -> None:
-        self._branches, self._masks, self._settings = branches, masks, settings
-        self._base, self._last = -1, last_readers(branches[0].model)
-        self._names = [str(value.name) for value in branches[0].model.graph.inputs]
-        for stage in stages:  # what a stage looks at must live until then
-            self._last |= {name: max(self._last.get(name, -1), stage.position + 1) for name in stage.names}
+        self._settings = settings
+        self._masks: list[tuple[Array, ...]] = []
+        # What a stage looks at must live until then.
+        until = {name: stage.position + 1 for stage in stages for name in stage.names}
+        self._spools = []
+        for number, model in enumerate(models):
+            feeds = self._noted(data) if number == 0 else iter(data)
+            self._spools.append(Spool(model, folder / str(number), feeds, threads=settings.threads, until=until))
+        if not self._masks:
+            raise InputError(f"the calibration data holds no samples: {data.description}")
+
+    def _noted(self, data: CalibrationData | Augmented) -> Iterator[Feed]:
+        for feed in data:
+            self._masks.append(padding_masks(feed))
+            yield feed
 
     def visit(
         self, stage: _Stage, targets: Mapping[str, Target], wanted: Set[str]
@@ -254,7 +226,8 @@ class _Walk:
         for name, reads in stage.layers.items():
             fresh = Cross(targets[name], wanted, self._settings.seed)
             sums.setdefault(row_key(targets[name], [read.use for read in reads]), fresh).layers[name] = reads
-        for number, (exact, ours) in enumerate(self._values(stage.position, stage.names)):
+        runs = [spool.values(stage.position, stage.names) for spool in self._spools]
+        for number, (exact, ours) in enumerate(zip(*runs, strict=True)):
             for item in sums.values():
                 item.add(exact, ours, self._masks[number], self._settings.seed + number)
         return {
@@ -266,32 +239,3 @@ class _Walk:
     def _aim(self, item: Cross, name: str, target: Target) -> FloatArray:
         settings = self._settings
         return item.aim(name, target, settings.trust, residual=settings.residual) if settings.aim else target.load()
-
-    def _values(self, position: int, names: Set[str]) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
-        """Each batch's values in both models; the cut moves to `position` if all that lives there can be stored."""
-        nodes = list(self._branches[0].model.graph)[self._base + 1 : position + 1]
-        made = {str(value.name): value for node in nodes for value in node.outputs}
-        living = [name for name in [*self._names, *made] if self._last.get(name, -1) > position]
-        moves = position > self._base and all(storable(made[name]) for name in living if name in made)
-        asked = [name for name in made if name in names or (moves and name in living)]
-        runs = [_segment(branch.model, self._names, asked, self._settings.threads) for branch in self._branches]
-        for number in range(len(self._masks)):
-            values: list[dict[str, Array]] = []
-            for branch, run in zip(self._branches, runs, strict=True):
-                path = branch.folder / f"{number}.npz"
-                known = _read(path)
-                known |= run(known)
-                values.append(known)
-                if moves:
-                    _write(path, {name: known[name] for name in living})
-            yield values[0], values[1]
-        if moves:
-            self._base, self._names = position, living
-
-
-def _segment(model: ir.Model, known: Sequence[str], asked: Sequence[str], threads: int) -> Callable[[Feed], Feed]:
-    """Runs what lies between values that are known and those asked for."""
-    if not asked:
-        return lambda _: {}
-    session = make_session(segment(model, known, asked), threads=threads, arena=False)
-    return lambda values: session.run({name: values[name] for name in session.input_names})

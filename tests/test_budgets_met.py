@@ -116,7 +116,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> None:
 
     monkeypatch.setattr("quantkit.costs.layers.layer_cost", layer)
     monkeypatch.setattr("quantkit.costs.layers.node_cost", lambda *_, **__: latency.Cost(1.0, 1.0))
-    monkeypatch.setattr("quantkit.candidate.relative_latency", model)
+    monkeypatch.setattr("quantkit.measuring.relative_latency", model)
     monkeypatch.setattr("quantkit.pipeline.relative_latency", model)
     monkeypatch.setattr("quantkit.candidate.time_sessions", lambda sessions, feed, **_: [8.0] * len(sessions))
 

@@ -25,7 +25,8 @@ def tasks() -> list[Task]:
     for place, (rows, columns) in enumerate(((24, 48), (64, 16), (7, 33))):
         inputs = rng.standard_normal((100, columns)) * np.linspace(0.2, 2, columns)
         stats = LayerStats(100, -1, 1, gram=(inputs.T @ inputs / 100)[None])
-        made.append(Task(f"l{place}", rng.standard_normal((rows, columns)).astype(np.float32), stats, SPECS))
+        weight = rng.standard_normal((rows, columns)).astype(np.float32)
+        made.append(Task(f"l{place}", weight.shape, weight.copy, stats, SPECS))
     return made
 
 

@@ -13,7 +13,6 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from quantkit import sequential
 from quantkit.calibration import cross
 from quantkit.calibration.data import open_calibration
 from quantkit.calibration.rows import sample_positions, to_rows
@@ -22,6 +21,7 @@ from quantkit.graph.load import load_model
 from quantkit.graph.targets import find_targets
 from quantkit.quantizers.rtn import RTN
 from quantkit.report.progress import SilentProgress
+from quantkit.runtime import spool
 from quantkit.runtime.ort import make_session
 from quantkit.sequential import Settings, quantize_sequentially
 from quantkit.types import Array, FloatArray, LayerStats, QuantizedWeight, QuantSpec, Target
@@ -311,13 +311,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[str]], list[set[st
     """Operators of every part that is run, and names of the values written for every batch."""
     parts: list[list[str]] = []
     written: list[set[str]] = []
-    session, write = sequential.make_session, sequential._write
+    session, write = spool.make_session, spool.Spool._write
     monkeypatch.setattr(
-        sequential,
+        spool,
         "make_session",
         lambda model, **options: parts.append([node.op_type for node in model.graph]) or session(model, **options),
     )
-    monkeypatch.setattr(sequential, "_write", lambda path, values: written.append(set(values)) or write(path, values))
+    monkeypatch.setattr(spool.Spool, "_write", lambda *args: written.append(set(args[1])) or write(*args))
     return parts, written
 
 

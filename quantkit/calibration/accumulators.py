@@ -312,7 +312,12 @@ class Gram:
     def result(self) -> Doubles:
         """[groups, K, K], symmetric."""
         gram = _mean(self._sum, self.count)
-        return (gram + gram.transpose(0, 2, 1)) / 2
+        for start in range(0, gram.shape[1], _GEMM_ROWS):  # by strips: a wide layer's would fill gigabytes three times
+            end = start + _GEMM_ROWS
+            strip = (gram[:, start:end, start:] + gram[:, start:, start:end].transpose(0, 2, 1)) / 2
+            gram[:, start:end, start:] = strip
+            gram[:, start:, start:end] = strip.transpose(0, 2, 1)
+        return gram
 
 
 class RowSample:

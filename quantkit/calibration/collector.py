@@ -8,26 +8,29 @@ one value in one way share their accumulators.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from quantkit.cache import Entry, Store, content_key
 from quantkit.calibration.accumulators import Distribution, Gram, Histogram, Moments, RowSample
 from quantkit.calibration.data import CalibrationData
+from quantkit.calibration.finished import distributions_entry, distributions_of, statistics_entry, statistics_of
+from quantkit.calibration.pieces import Pieces, dimension_sizes, elements, main_graph_values
 from quantkit.calibration.rows import to_rows
 from quantkit.errors import InputError
+from quantkit.graph._checks import measure
 from quantkit.report.progress import Progress
-from quantkit.runtime.ort import make_session
 from quantkit.types import Array, Feed, LayerStats, Target, Use
 
 ROW_LIMIT = 256
 # Convolution positions read per batch: neighbours share most of their inputs, a part tells as much as all.
 POSITIONS = 1024
 ROW_OPERATORS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU"})
-UNKNOWN_AXIS = 128
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,15 @@ class Settings:
         memory_limit: bytes of one batch's values and their accumulators.
         threads: for onnxruntime.
         seed: of row sampling.
+        store: where finished statistics go.
+        lean: run on weights that stay in their file.
     """
 
     memory_limit: int
     threads: int
     seed: int
+    store: Store = field(default_factory=Store)
+    lean: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,30 +101,109 @@ class _Watched:
 def collect(
     model: ir.Model, data: CalibrationData, request: Request, settings: Settings, progress: Progress
 ) -> Collected:
-    """Run the model over the data, once per wave.
+    """Run the model over the data: once, or piece by piece where memory does not hold all accumulators together.
 
     Raises:
         InputError: the data has no samples, or an activation is NaN or infinite.
     """
     watched = _watch(model, request, settings)
     waves, size = _waves(model, data, watched, settings.memory_limit)
-    with progress.task("calibrating", total=len(waves) * data.samples) as advance:
-        for wave in waves:
-            names = [item.name for item in wave]
-            session = make_session(_instrumented(model, names), threads=settings.threads, arena=False)
-            batches = 0
-            parts = (part for feed in data for part in _cut(feed, size))
-            for number, feed in enumerate(parts):
-                values = {**feed, **session.run(feed)}
-                masks = padding_masks(feed)
-                for item in wave:
-                    _add(item, values[item.name], masks, settings.seed + number)
-                del values  # before the next batch: two sets of activations are never held
-                batches += 1
-                advance(_samples(feed))
-            if batches == 0:
-                raise InputError(f"the calibration data holds no samples: {data.description}")
-    return _result(watched, request)
+    ends, keys = _ends(waves), _keys(model, data, request, settings, waves, size)
+    counted = None if keys.histograms is None else settings.store.get(keys.histograms)
+    stats: dict[str, LayerStats] = {}
+    names = [[item.name for item in wave] for wave in waves]
+    task = progress.task("calibrating", total=len(waves) * data.samples)
+    with (
+        task as advance,
+        Pieces(model, lambda: _parts(data, size), names, threads=settings.threads, lean=settings.lean) as pieces,
+    ):
+        for number, (wave, readers, key) in enumerate(zip(waves, ends, keys.waves, strict=True)):
+            done = None if key is None else settings.store.get(key)
+            if done is None or (counted is None and any(item.histogram is not None for item in wave)):
+                for batch, (feed, values) in enumerate(pieces.run(number)):
+                    masks = padding_masks(feed)
+                    for item in wave:
+                        _add(item, values.pop(item.name), masks, settings.seed + batch)
+                    advance(_samples(feed))
+            if done is None:
+                made = statistics_entry([_statistics(reader, request.stats) for reader in readers])
+                done = settings.store.put(key or secrets.token_hex(16), made)
+            for reader, layer in zip(readers, statistics_of(done), strict=True):
+                stats.update({target.name: layer for target in reader.targets})
+                reader.gram = None  # what was added up lives on in the statistics
+    return Collected(stats, _distributions(watched, request, settings.store, keys.histograms, counted))
+
+
+def _parts(data: CalibrationData, size: int | None) -> Iterator[Feed]:
+    """The batches as they are run.
+
+    Raises:
+        InputError: there are none.
+    """
+    empty = True
+    for feed in data:
+        yield from _cut(feed, size)
+        empty = False
+    if empty:
+        raise InputError(f"the calibration data holds no samples: {data.description}")
+
+
+def _ends(waves: Sequence[Sequence[_Watched]]) -> list[list[_Reader]]:
+    """For each wave the readers that have seen everything behind it."""
+    last: dict[int, tuple[int, _Reader]] = {}
+    for number, wave in enumerate(waves):
+        for item in wave:
+            last |= {id(reader): (number, reader) for reader, _ in item.readers}
+    return [[reader for place, reader in last.values() if place == number] for number in range(len(waves))]
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Names under which results are kept; None = not at all.
+
+    Attributes:
+        waves: of each wave's statistics; None also where a reader needs two waves.
+        histograms: of all distributions together.
+    """
+
+    waves: Sequence[str | None]
+    histograms: str | None
+
+
+def _keys(
+    model: ir.Model,
+    data: CalibrationData,
+    request: Request,
+    settings: Settings,
+    waves: Sequence[Sequence[_Watched]],
+    size: int | None,
+) -> _Keys:
+    if not settings.store.remembers:
+        return _Keys([None] * len(waves), None)
+    origin = {"model": measure(model)[1], "data": data.digest, "size": size, "samples": data.samples}
+    origin |= {"seed": settings.seed, "threads": settings.threads, "lean": settings.lean}
+    pieces = [[item.name for item in wave] for wave in waves]
+    found: list[str | None] = []
+    homes = [{id(reader) for item in wave for reader, _ in item.readers} for wave in waves]
+    for number, wave in enumerate(waves):
+        spread = any(homes[number] & other for place, other in enumerate(homes) if place != number)
+        layers = [[target.name for target in reader.targets] for item in wave for reader, _ in item.readers]
+        parts = {**origin, "pieces": pieces, "number": number, "layers": layers, "stats": sorted(request.stats)}
+        found.append(None if spread else content_key("statistics", parts))
+    histograms = content_key("histograms", {**origin, "pieces": pieces, "groups": dict(request.histograms)})
+    return _Keys(found, histograms if request.histograms else None)
+
+
+def _distributions(
+    watched: Sequence[_Watched], request: Request, store: Store, key: str | None, counted: Entry | None
+) -> dict[str, Distribution]:
+    if counted is not None:
+        return distributions_of(counted)
+    merged = {request.histograms[item.name]: item.histogram for item in watched if item.histogram is not None}
+    histograms = {group: histogram.result() for group, histogram in merged.items()}
+    if key is not None:
+        store.put(key, distributions_entry(histograms))
+    return histograms
 
 
 def padding_masks(feed: Feed) -> tuple[Array, ...]:
@@ -145,14 +231,9 @@ def _samples(feed: Feed) -> int:
     return max((len(array) for array in feed.values() if array.ndim), default=1)
 
 
-def _main_graph_values(model: ir.Model) -> dict[str, ir.Value]:
-    values = {str(value.name): value for value in model.graph.inputs}
-    return values | {str(value.name): value for node in model.graph for value in node.outputs}
-
-
 def _watch(model: ir.Model, request: Request, settings: Settings) -> list[_Watched]:
     """Everything to look at, in graph order; values inside subgraphs cannot be reached from outside."""
-    available = _main_graph_values(model)
+    available = main_graph_values(model)
     groups = {group: Histogram() for group in request.histograms.values()}
     watched = {name: _Watched(name, groups[group]) for name, group in request.histograms.items()}
     readers: dict[tuple[object, ...], _Reader] = {}
@@ -239,59 +320,19 @@ def _cut(feed: Feed, size: int | None) -> Iterator[Feed]:
 
 
 def _fill_waves(model: ir.Model, feed: Feed, watched: Sequence[_Watched], memory_limit: int) -> list[list[_Watched]]:
-    sizes = _dimension_sizes(model, feed)
-    available = _main_graph_values(model)
+    sizes = dimension_sizes(model, feed)
+    available = main_graph_values(model)
     waves: list[list[_Watched]] = []
     used = 0
     for item in watched:
         # onnxruntime hands its outputs over as copies: for a moment each exists twice.
-        cost = 2 * 4 * _elements(available[item.name], sizes) + sum(_reader_bytes(reader) for reader, _ in item.readers)
+        cost = 2 * 4 * elements(available[item.name], sizes) + sum(_reader_bytes(reader) for reader, _ in item.readers)
         if not waves or used + cost > memory_limit:
             waves.append([])
             used = 0
         waves[-1].append(item)
         used += cost
     return waves
-
-
-def _dimension_sizes(model: ir.Model, feed: Mapping[str, Array]) -> dict[str, int]:
-    """What the feed says about the model's symbolic dimensions."""
-    sizes: dict[str, int] = {}
-    for value in model.graph.inputs:
-        array = feed.get(str(value.name))
-        if value.shape is None or array is None or len(value.shape) != array.ndim:
-            continue
-        for dimension, size in zip(value.shape, array.shape, strict=True):
-            if not isinstance(dimension, int) and dimension.value is not None:
-                sizes[dimension.value] = int(size)
-    return sizes
-
-
-def _elements(value: ir.Value, sizes: Mapping[str, int]) -> int:
-    if value.shape is None:
-        return UNKNOWN_AXIS**3
-    total = 1
-    for dimension in value.shape:
-        if isinstance(dimension, int):
-            total *= dimension
-        else:
-            total *= sizes.get(dimension.value or "", UNKNOWN_AXIS)
-    return total
-
-
-def _instrumented(model: ir.Model, names: Iterable[str]) -> ir.Model:
-    """A copy that also returns these values."""
-    copy = model.clone()
-    present = {str(value.name) for value in copy.graph.outputs}
-    inputs = {str(value.name) for value in copy.graph.inputs}
-    values = _main_graph_values(copy)
-    for name in names:
-        if name not in present and name not in inputs:
-            value = values[name]
-            if value.type is None:
-                value.type = ir.TensorType(ir.DataType.FLOAT)
-            copy.graph.outputs.append(value)
-    return copy
 
 
 def _add(item: _Watched, value: Array, masks: Sequence[Array], seed: int) -> None:
@@ -334,18 +375,6 @@ def _add_rows(reader: _Reader, use: Use, value: Array, masks: Sequence[Array], s
         reader.gram.add(rows)
     if reader.sample is not None:
         reader.sample.add(rows)
-
-
-def _result(watched: Sequence[_Watched], request: Request) -> Collected:
-    merged = {request.histograms[item.name]: item.histogram for item in watched if item.histogram is not None}
-    histograms = {group: histogram.result() for group, histogram in merged.items()}
-    stats: dict[str, LayerStats] = {}
-    for item in watched:
-        for reader, _ in item.readers:
-            if reader.targets[0].name not in stats:  # a weight that is used twice has its reader at two values
-                layer = _statistics(reader, request.stats)
-                stats.update({target.name: layer for target in reader.targets})
-    return Collected(stats, histograms)
 
 
 def _statistics(reader: _Reader, wanted: frozenset[str]) -> LayerStats:

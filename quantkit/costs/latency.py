@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from quantkit.cache import default_folder, processor
 from quantkit.emitters.matmulnbits import kernel_bits
 from quantkit.graph.emit import Assignment, Emission, emit
 from quantkit.graph.regions import Regions, find_regions
@@ -55,10 +55,6 @@ class Cost:
     @property
     def ratio(self) -> float:
         return self.form_ms / self.float_ms
-
-
-def default_folder() -> Path:
-    return Path.home() / ".cache" / "quantkit"
 
 
 @dataclass(frozen=True)
@@ -119,19 +115,8 @@ def _are_times(values: object) -> bool:
 
 
 def _key(parts: Mapping[str, object]) -> str:
-    content = {"cpu": _processor(), "onnxruntime": onnxruntime.__version__, **parts}
+    content = {"cpu": processor(), "onnxruntime": onnxruntime.__version__, **parts}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _processor() -> str:
-    """The processor's model name: figures do not carry over to another one."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def layer_cost(

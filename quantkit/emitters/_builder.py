@@ -28,6 +28,7 @@ class Ops(Protocol):
     def const(self, array: Array) -> ir.Value: ...
 
 
+Spill = Callable[[Array], Array]
 Body = Callable[[Ops, Sequence[ir.Value]], ir.Value]
 
 
@@ -55,9 +56,14 @@ class Builder:
         runtime: `ort-cpu` (functions and contrib operators allowed) or `portable` (standard operators only).
     """
 
-    def __init__(self, model: ir.Model, runtime: str) -> None:
+    def __init__(self, model: ir.Model, runtime: str, spill: Spill | None = None) -> None:
+        """
+        Args:
+            spill: gives back an array that was made for the model, moved out of memory if it is large.
+        """
         self.model = model
         self.runtime = runtime
+        self._spill = spill or (lambda array: array)
         self._graph = model.graph
         self._anchor: ir.Node | None = None
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -107,9 +113,9 @@ class Builder:
     def const(self, array: Array, name: str = "c") -> ir.Value:
         """An initializer of the main graph; equal arrays share one."""
         array = np.asarray(array, order="C")  # ascontiguousarray would give scalars an axis
-        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest())
         if key not in self._constants:
-            value = ir.Value(name=self.name(name), const_value=ir.tensor(array))
+            value = ir.Value(name=self.name(name), const_value=ir.tensor(self._spill(array)))
             value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
             self._graph.register_initializer(value)
             self._constants[key] = value
@@ -119,7 +125,8 @@ class Builder:
         """An initializer of ONNX's own uint4 or uint8 type."""
         kinds = {4: (ir.DataType.UINT4, ml_dtypes.uint4), 8: (ir.DataType.UINT8, np.uint8)}
         dtype, numpy_type = kinds[bits]
-        value = ir.Value(name=self.name(name), const_value=ir.Tensor(codes.astype(numpy_type), dtype=dtype))
+        stored = self._spill(codes.astype(numpy_type))
+        value = ir.Value(name=self.name(name), const_value=ir.Tensor(stored, dtype=dtype))
         value.shape, value.dtype = ir.Shape(codes.shape), dtype
         self._graph.register_initializer(value)
         return value

@@ -7,6 +7,9 @@ else, so that comparing them finds every mistake of packing, unpacking and kerne
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from quantkit.emitters._builder import Builder
+from quantkit.emitters._builder import Builder, Spill
 from quantkit.files import final_path, scratch_folder, sync
 from quantkit.graph.bias import shift_biases
 from quantkit.graph.regions import Regions, insert_pairs
@@ -22,6 +25,9 @@ from quantkit.graph.targets import find_targets
 from quantkit.methods import make
 from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, Target
+
+PAGE = 4096
+"""Large tensors begin at a multiple of this in an external data file, so that every system can map them."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,13 @@ class Emitted:
     edges: Mapping[str, tuple[Edge, ...]]
 
 
-def emit(model: ir.Model, emission: Emission) -> Emitted:
-    """A copy of the model with every assigned layer in its form."""
-    copy, targets, builder = _prepare(model, emission)
+def emit(model: ir.Model, emission: Emission, spill: Spill | None = None) -> Emitted:
+    """A copy of the model with every assigned layer in its form.
+
+    Args:
+        spill: see Builder.
+    """
+    copy, targets, builder = _prepare(model, emission, spill)
     edges = {name: _edges(copy, targets[name]) for name in emission.layers}
     names: dict[str, frozenset[str]] = {}
     for name, assignment in emission.layers.items():
@@ -116,18 +126,19 @@ def _edges(model: ir.Model, target: Target) -> tuple[Edge, ...]:
     )
 
 
-def simulate(model: ir.Model, emission: Emission) -> ir.Model:
-    """A copy of the model that computes what the plan promises, in float32 operators."""
-    copy, targets, builder = _prepare(model, emission)
+def simulate(model: ir.Model, emission: Emission, spill: Spill | None = None) -> ir.Model:
+    """A copy of the model that computes what the plan promises, in float32 operators; the arguments are those of
+    `emit`."""
+    copy, targets, builder = _prepare(model, emission, spill)
     for name, assignment in emission.layers.items():
         emitter(assignment.form).simulate(builder, targets[name], assignment.weight)
     return _finish(copy, model)
 
 
-def _prepare(model: ir.Model, emission: Emission) -> tuple[ir.Model, dict[str, Target], Builder]:
+def _prepare(model: ir.Model, emission: Emission, spill: Spill | None) -> tuple[ir.Model, dict[str, Target], Builder]:
     copy = model.clone()
     targets, _ = find_targets(copy)
-    builder = Builder(copy, emission.runtime)
+    builder = Builder(copy, emission.runtime, spill)
     shift_biases(targets, emission.bias_shifts, builder.const)
     if emission.regions.groups:
         insert_pairs(copy, emission.regions, emission.activations, builder.const)
@@ -172,11 +183,14 @@ def serialized_size(model: ir.Model) -> int:
     return int(ir.to_proto(in_memory(model)).ByteSize())
 
 
-def save(model: ir.Model, path: Path) -> None:
+def save(model: ir.Model, path: Path, own: Path | None = None) -> None:
     """Write the model so that `path` is always a whole file: hidden folder beside it, fsync, rename.
 
     Weights beyond the protobuf limit go to `path.data`, streamed; smaller models are one file, also when the original
     keeps its weights in another.
+
+    Args:
+        own: a folder of ours: a data file in it that holds all the weights may become the new one.
 
     Raises:
         InputError: the path is a folder or a device.
@@ -186,8 +200,11 @@ def save(model: ir.Model, path: Path) -> None:
     data_name = path.name + ".data"
     try:
         with scratch_folder(path) as folder:
-            if inline_bytes(model) > PROTOBUF_LIMIT:
-                ir.save(model.clone(), folder / path.name, external_data=data_name)
+            if own is not None and (data := _data_file(model, own)) is not None:
+                _adopt(data, folder / data_name)
+                ir.save(_moved(model, folder, data_name), folder / path.name)
+            elif inline_bytes(model) > PROTOBUF_LIMIT:
+                ir.save(model.clone(), folder / path.name, external_data=data_name, alignment=PAGE)
             else:
                 content = ir.to_proto(in_memory(model)).SerializeToString(deterministic=True)
                 (folder / path.name).write_bytes(content)
@@ -205,9 +222,44 @@ def save(model: ir.Model, path: Path) -> None:
         raise
 
 
+def _data_file(model: ir.Model, folder: Path) -> Path | None:
+    """The one file, in this folder, that holds every weight outside the graph."""
+    files = {Path(tensor.path).resolve() for tensor in _external(model)}
+    if len(files) != 1 or inline_bytes(model, external=False) > PROTOBUF_LIMIT:
+        return None
+    file = files.pop()
+    return file if file.parent == folder.resolve() else None
+
+
+def _external(model: ir.Model) -> list[ir.ExternalTensor]:
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+
+
+def _adopt(file: Path, new: Path) -> None:
+    """The file under a second name, which takes no time; a copy where that cannot be, or where it has one already."""
+    try:
+        if file.stat().st_nlink > 1:
+            raise OSError(errno.EMLINK, "it has a second name already")
+        os.link(file, new)
+    except OSError:
+        shutil.copyfile(file, new)
+
+
+def _moved(model: ir.Model, folder: Path, name: str) -> ir.Model:
+    """The same graph with its external weights in the file of this name."""
+    copy = model.clone()
+    for graph in copy.graphs():
+        for value in graph.initializers.values():
+            old = value.const_value
+            if isinstance(old, ir.ExternalTensor):
+                place = (name, old.offset, old.length, old.dtype)
+                value.const_value = ir.ExternalTensor(*place, shape=old.shape, name=old.name, base_dir=folder)
+    return copy
+
+
 def in_memory(model: ir.Model) -> ir.Model:
     """The model with all weights in memory; itself when they are."""
-    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
-    if not any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):
+    if not _external(model):
         return model
     return ir.external_data.load_to_model(model.clone())

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,11 @@ import onnxruntime
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
 
-# A protobuf cannot pass 2 GiB; weights of larger graphs go to a temporary external file for the session.
-PROTOBUF_LIMIT = 1_600_000_000
+# A protobuf cannot pass 2 GiB, and while one is written or read its weights are in memory two or three times: those of
+# larger graphs lie in a file beside it.
+PROTOBUF_LIMIT = 256 << 20
+OPTIMIZED_LIMIT = 2 * PROTOBUF_LIMIT
+"""Bytes of weights up to which the optimised graph is asked for: it is written with all of them."""
 FATAL_ONLY = 4
 Optimize = Literal["all", "fold", "none"]
 
@@ -46,15 +50,35 @@ class Session:
         return dict(zip(self.output_names, values, strict=True))
 
 
+class DeferredSession(Session):
+    """A session that is made when it is first asked something: a float model of many gigabytes may never be."""
+
+    def __init__(self, make: Callable[[], Session]) -> None:
+        self._make = make
+
+    @cached_property
+    def _opened(self) -> Session:
+        return self._make()
+
+    def __getattr__(self, name: str) -> object:
+        if name in ("_session", "input_names", "output_names"):
+            return getattr(self._opened, name)
+        raise AttributeError(name)
+
+
 def first_line(error: BaseException) -> str:
     """The telling part of a runtime's message, short enough for one sentence."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", " ".join(str(error).split()))
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def session_options(threads: int, optimize: Optimize = "all", arena: bool = True) -> onnxruntime.SessionOptions:
+def session_options(
+    threads: int, optimize: Optimize = "all", arena: bool = True, lean: bool = False
+) -> onnxruntime.SessionOptions:
     """Quiet, on so many threads (0 = onnxruntime's choice)."""
     options = onnxruntime.SessionOptions()
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = arena
     options.intra_op_num_threads = threads
@@ -75,13 +99,17 @@ def _saved(model: ir.Model) -> Iterator[Path]:
         yield path
 
 
-def inline_bytes(model: ir.Model) -> int:
-    """Bytes of initializers that serialising would put into the protobuf."""
+def inline_bytes(model: ir.Model, *, external: bool = True) -> int:
+    """Bytes of initializers that serialising would put into the protobuf.
+
+    Args:
+        external: count those that lie in external data files, too.
+    """
     return sum(
         value.const_value.nbytes
         for graph in model.graphs()
         for value in graph.initializers.values()
-        if value.const_value is not None
+        if value.const_value is not None and (external or not isinstance(value.const_value, ir.ExternalTensor))
     )
 
 
@@ -92,6 +120,7 @@ def make_session(
     optimize: Optimize = "all",
     optimized: Path | None = None,
     arena: bool = True,
+    lean: bool = False,
 ) -> Session:
     """A CPU session; weights that are memory-mapped from the model's folder stay there.
 
@@ -102,17 +131,19 @@ def make_session(
             `none` runs the graph literally (even `fold` may quantize float weights that stand between pairs).
         optimized: where onnxruntime writes the graph that it really runs.
         arena: keep freed memory for the next run (faster); without it, a run's memory is given back at once.
+        lean: leave weights as they lie in their file, mapped, where kernels would re-arrange a copy of them: slower,
+            in next to no memory.
 
     Raises:
         InputError: onnxruntime cannot load the model (unknown operator, bad graph).
     """
-    options = session_options(threads, optimize, arena)
+    options = session_options(threads, optimize, arena and not lean, lean)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
         if isinstance(model, Path):
             return Session(onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"]))
-        if inline_bytes(model) > PROTOBUF_LIMIT:
+        if inline_bytes(model, external=False) > PROTOBUF_LIMIT:
             with _saved(model) as path:
                 return Session(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
         folder = _external_folder(model)
@@ -135,7 +166,12 @@ def _external_folder(model: ir.Model) -> Path | None:
 
 
 def optimized_nodes(model: ir.Model | Path, *, threads: int = 1) -> list[onnx.NodeProto]:
-    """The nodes that onnxruntime really runs, subgraphs included, in the order of the optimised graph."""
+    """The nodes that onnxruntime really runs, subgraphs included, in the order of the optimised graph.
+
+    Of a model too large to be written again they are its own nodes: its layers are kernels already.
+    """
+    if isinstance(model, ir.Model) and inline_bytes(model) > OPTIMIZED_LIMIT:
+        return [ir.to_proto(node) for node in model.graph.all_nodes()]
     with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
         path = Path(folder) / "optimized.onnx"
         make_session(model, threads=threads, optimized=path)

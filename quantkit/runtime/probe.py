@@ -7,12 +7,14 @@ inputs. One unit at a time goes through the rest of the network behind it: what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import onnx_ir as ir
 
+from quantkit.cache import Entry, Store, content_key
 from quantkit.divergence import Divergence
+from quantkit.graph._checks import measure
 from quantkit.graph.expose import Exposed, expose
 from quantkit.graph.segments import last_readers, segment, storable
 from quantkit.report.progress import Progress
@@ -35,12 +37,14 @@ class Probe:
         targets: whose weights may be changed.
         feeds: samples, kept in memory.
         threads: of onnxruntime.
+        store: where losses are kept.
     """
 
     model: ir.Model
     targets: Mapping[str, Target]
     feeds: Sequence[Feed]
     threads: int = 1
+    store: Store = field(default_factory=Store)
 
     @cached_property
     def reference(self) -> list[dict[str, Array]]:
@@ -59,8 +63,26 @@ class Probe:
         own = exposed.feed({name: target.load() for name, target in self.targets.items()})
         return exposed, make_session(exposed.model, threads=self.threads), own
 
+    @cached_property
+    def _origin(self) -> dict[str, object]:
+        """What every loss depends on beside the changed weights."""
+        return {"model": measure(self.model)[1], "feeds": self.feeds, "threads": self.threads}
+
+    def _kept(self, kind: str, weights: object, find: Callable[[], list[float]]) -> list[float]:
+        """The losses, which are only found where the store does not know them."""
+        if not self.store.remembers:
+            return find()
+        key = content_key(kind, {**self._origin, "weights": weights})
+        known = self.store.get(key)
+        if known is None:
+            known = self.store.put(key, Entry(facts={"losses": find()}))
+        return list(known.facts["losses"])
+
     def loss(self, weights: Weights) -> float:
         """Nats per sample with these weights W[N, K]; all others float."""
+        return self._kept("loss", weights, lambda: [self._loss(weights)])[0]
+
+    def _loss(self, weights: Weights) -> float:
         exposed, session, own = self._exposed
         changed = own | exposed.feed(weights)
         return self.divergence.mean(self.reference, [session.run({**feed, **changed}) for feed in self.feeds])
@@ -81,10 +103,18 @@ class Probe:
         walk = _Walk(self)
         with progress.task("measuring layers", total=len(ordered)) as advance:
             for names in ordered:
-                walk.advance(min(positions[name] for name in names))
-                found[names] = walk.measure(names, trials[names]())
+                cut = min(positions[name] for name in names)
+                found[names] = self._losses(walk, cut, names, trials[names])
                 advance(1)
         return [found[names] for names in trials]
+
+    def _losses(self, walk: _Walk, cut: int, names: tuple[str, ...], trials: Trials) -> list[float]:
+        def find() -> list[float]:
+            walk.advance(cut)
+            return walk.measure(names, trials())
+
+        # To know whether they were measured before takes all sets of weights at once.
+        return self._kept("losses", list(trials()), find) if self.store.remembers else find()
 
     def _positions(self) -> dict[str, int]:
         """Target -> position in the main graph of the first node that its weight reaches."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from quantkit.allocation import SLOWER, Outcome, plan_of
 from quantkit.allocators._table import Allocation
-from quantkit.candidate import Candidate, Context, measure, relative_latency
+from quantkit.candidate import Candidate, Context
+from quantkit.measuring import measure, relative_latency
 from quantkit.pipeline import Result, Run, finish
 from quantkit.report.types import Contender
 from quantkit.rescaling import Rescaled

@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from quantkit.allocators._ilp import total
-from quantkit.candidate import Candidate, Context, relative_latency
+from quantkit.candidate import Candidate, Context
 from quantkit.costs.bops import bops, shapes_of
 from quantkit.graph.emit import in_memory
+from quantkit.measuring import relative_latency
 from quantkit.runtime.ort import make_session
 from quantkit.tuning.features import STRUCTURE, structure
 from quantkit.tuning.history import History, Trial, content_key, figure_of, trial_row

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
 from quantkit.calibration import collector
 from quantkit.calibration.collector import Collected, Request, Settings, collect
 from quantkit.calibration.data import CalibrationData, open_calibration
+from quantkit.calibration.pieces import Pieces
 from quantkit.calibration.rows import to_rows
 from quantkit.errors import InputError
 from quantkit.graph.load import load_model
@@ -140,13 +140,13 @@ def test_only_what_was_asked_for_is_filled() -> None:
 def waves(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Names of the values in each wave, as they run."""
     seen: list[list[str]] = []
-    original = collector._instrumented
+    original = Pieces.run
 
-    def spy(model: ir.Model, names: Sequence[str]) -> ir.Model:
-        seen.append(list(names))
-        return original(model, names)
+    def spy(pieces: Pieces, wave: int) -> Iterator[tuple[Feed, dict[str, Array]]]:
+        seen.append(list(pieces._waves[wave]))
+        return original(pieces, wave)
 
-    monkeypatch.setattr(collector, "_instrumented", spy)
+    monkeypatch.setattr(Pieces, "run", spy)
     return seen
 
 

@@ -111,8 +111,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 # Measured times in a child process, instead of seconds of measuring: always as fast as float.
 FAST = """
-import quantkit.candidate, quantkit.costs.latency, quantkit.verify
-for module in (quantkit.candidate, quantkit.costs.latency, quantkit.verify):
+import quantkit.candidate, quantkit.costs.latency, quantkit.measuring, quantkit.verify
+for module in (quantkit.candidate, quantkit.costs.latency, quantkit.measuring, quantkit.verify):
     module.time_sessions = lambda sessions, feed, **_: [1.0] * len(sessions)
 """
 
@@ -120,5 +120,5 @@ for module in (quantkit.candidate, quantkit.costs.latency, quantkit.verify):
 def quick(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> None:
     """The same in this process; quantized is `factor` times float."""
     times = lambda sessions, feed, **_: [1.0, *[factor] * (len(sessions) - 1)]  # noqa: E731
-    for module in ("candidate", "costs.latency", "verify"):
+    for module in ("candidate", "costs.latency", "measuring", "verify"):
         monkeypatch.setattr(f"quantkit.{module}.time_sessions", times)
