@@ -31,6 +31,8 @@ EXTRAS = types.MappingProxyType(
         "yaml": "images",
         "sklearn": "demo",
         "matplotlib": "report",
+        "jinja2": "report",
+        "vl_convert": "report",
     }
 )
 TRUTHS = types.MappingProxyType({"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False})

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from quantkit.commands._common import to_json
-from quantkit.report.console import ErrorConsole, print_report, report_html, short_bytes, shorten
+from quantkit.report.console import ErrorConsole, print_report, short_bytes, shorten
 from quantkit.report.progress import ConsoleProgress, Progress, SilentProgress
 from quantkit.report.types import Contender, Fidelity, LayerRow, Report, Timing
 
@@ -97,12 +97,6 @@ def test_large_models_show_the_worst_layers_and_count_the_rest() -> None:
 def test_empty_model() -> None:
     text = shown(report(count=0, untouched=(), size_after=0, timings=(Timing({}, 0.0, 0.0),)))
     assert "empty" in text
-
-
-def test_html_is_self_contained_and_escaped() -> None:
-    page = report_html(report(count=80, notes=("<script>alert(1)</script>",)))
-    assert "block79" in page.replace("\n", "") and "quantkit.version" in page
-    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
 
 
 def test_json_has_no_undefined_figures() -> None:

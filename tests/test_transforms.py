@@ -19,7 +19,7 @@ from quantkit.cli import main
 from quantkit.errors import InputError
 from quantkit.methods import transform_names
 from quantkit.options import Options
-from quantkit.report.console import report_html
+from quantkit.report.html import report_html
 from quantkit.report.types import ScaleRow
 from quantkit.rescaling import choices, search_bits
 from quantkit.types import Array
@@ -129,7 +129,7 @@ def test_every_layer_is_in_the_report_with_its_reason() -> None:
     first = rows[("MatMul/h",)]
     assert first.spread is not None and first.spread > 2 and first.source == "LayerNormalization/n"
     page = report_html(made.report)
-    assert "rescaled" in page and "lets no scale through" in page
+    assert "Rescaled layers" in page and "lets no scale through" in page
     assert made.report.to_dict()["scales"][0]["transform"] == "awq"
 
 

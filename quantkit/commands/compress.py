@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from quantkit.errors import InputError
 
 if TYPE_CHECKING:
     from quantkit.pipeline import Result
+    from quantkit.report.types import Report
 
 HELP = "compress a model within a budget"
 USAGE = "quantkit compress MODEL [-o OUT] [--calib SRC] [options]"
@@ -140,6 +143,10 @@ def output_files(args: Namespace, model: Path) -> dict[str, Path | None]:
     report = Path(args.report) if args.report else None
     if report is not None and report.suffix not in (".html", ".json"):
         raise InputError(f"--report must end in .html or .json, got {report}")
+    if report is not None and report.suffix == ".html":
+        from quantkit.report.html import check_html
+
+        check_html()
     return {
         "--output": _common.output_path(args.output, model),
         "--save-plan": Path(args.save_plan) if args.save_plan else None,
@@ -151,24 +158,38 @@ def finish(args: Namespace, result: Result, outputs: dict[str, Path | None]) -> 
     """Write what was asked for, show the report; 0 = done, 1 = done but the budget was not met."""
     from quantkit.files import write_text
     from quantkit.plan import save_plan
-    from quantkit.report.console import print_report, print_unmet, report_html
+    from quantkit.report.console import print_report, print_unmet
 
+    report = with_command(result.report, args)
     output, plan_file, report_file = outputs["--output"], outputs["--save-plan"], outputs["--report"]
     assert output is not None
     result.save(output)
     if plan_file is not None:
         save_plan(result.plan, plan_file)
     if report_file is not None:
-        html = report_file.suffix == ".html"
-        write_text(report_file, report_html(result.report) if html else _common.to_json(result.report.to_dict()) + "\n")
+        write_text(report_file, report_text(report, report_file))
     console = _common.console_of(args)
-    print_report(result.report, console, all_layers=args.all_layers)
+    print_report(report, console, all_layers=args.all_layers)
     console.print(f"written: {', '.join(str(path) for path in outputs.values() if path is not None)}", soft_wrap=True)
     if args.quiet:
-        print_unmet(result.report)
+        print_unmet(report)
     if args.json:
-        _common.print_json({**result.report.to_dict(), "output": output})
-    return 0 if result.report.budget_met else 1
+        _common.print_json({**report.to_dict(), "output": output})
+    return 0 if report.budget_met else 1
+
+
+def with_command(report: Report, args: Namespace) -> Report:
+    """The report with the command line that it was made by."""
+    return replace(report, command=shlex.join(["quantkit", *args.argv]))
+
+
+def report_text(report: Report, path: Path) -> str:
+    """As the ending of the file says: a page or JSON."""
+    if path.suffix == ".html":
+        from quantkit.report.html import report_html
+
+        return report_html(report)
+    return _common.to_json(report.to_dict()) + "\n"
 
 
 def evaluation_of(args: Namespace) -> EvaluationRequest | None:

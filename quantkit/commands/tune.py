@@ -19,6 +19,7 @@ from quantkit.commands.compress import (
     finish,
     method_options,
     output_files,
+    with_command,
 )
 from quantkit.errors import InputError
 
@@ -114,7 +115,8 @@ def run(args: Namespace) -> int:
     args.json, wanted = False, args.json
     code = finish(args, found.result, outputs)
     if wanted:
-        _common.print_json({**found.result.report.to_dict(), **to_dict(found), "output": outputs["--output"]})
+        report = with_command(found.result.report, args)
+        _common.print_json({**report.to_dict(), **to_dict(found), "output": outputs["--output"]})
     return code
 
 

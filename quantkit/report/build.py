@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from quantkit.budget import Budget
 from quantkit.costs.bops import bops, shapes_of
 from quantkit.costs.size import stored_bits
+from quantkit.errors import InputError
+from quantkit.feeds import typical_feed
 from quantkit.forms import Option
 from quantkit.graph.emit import serialized_size
+from quantkit.options import Options
 from quantkit.report.console import short_bytes
-from quantkit.report.types import Fidelity, FrontRow, LayerRow, Report, SensitivityRow, Timing
+from quantkit.report.depth import error_along_depth
+from quantkit.report.kernels import layer_nodes, time_shares, with_fused
+from quantkit.report.ranges import activation_rows
+from quantkit.report.types import (
+    Accuracy,
+    DepthRow,
+    Fidelity,
+    FrontRow,
+    LayerRow,
+    Report,
+    SensitivityRow,
+    Timing,
+)
 from quantkit.runtime.ort import optimized_nodes
-from quantkit.types import Plan, QuantSpec, Target
+from quantkit.types import Feed, Plan, QuantSpec, Target
 
 if TYPE_CHECKING:
     from quantkit.allocation import Outcome
@@ -26,12 +40,6 @@ if TYPE_CHECKING:
     from quantkit.graph.targets import Untouched
     from quantkit.verify import Comparison
 
-# Operators that carry data to and from a kernel; a layer's kernel is the other node that bears its names.
-CARRIERS = frozenset(
-    {"Cast", "Transpose", "Reshape", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Add", "Mul"}
-    | {"Concat", "Relu", "Slice", "Sub", "Unsqueeze", "Squeeze", "ReorderInput", "ReorderOutput"}
-)
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -39,6 +47,7 @@ class Measured:
 
     Attributes:
         checked: the layers were compared with their simulation, on held-out or made-up inputs.
+        feed: a few held-out samples to look inside the model with.
     """
 
     fidelity: Comparison | None
@@ -47,6 +56,7 @@ class Measured:
     drop: float | None
     latency: float | None
     checked: bool
+    feed: Feed | None = None
 
 
 def build_report(
@@ -61,9 +71,15 @@ def build_report(
     """Everything a run found out, as plain data."""
     candidate, plan = outcome.candidate, outcome.plan
     size = serialized_size(candidate.emitted.model)
-    kernels = layer_kernels(optimized_nodes(candidate.emitted.model), candidate.emitted.names)
+    emitted = candidate.emitted
+    kernels = layer_nodes(optimized_nodes(emitted.model), with_fused(emitted.model, emitted.names))
+    inside = look_inside(context, candidate, measured.feed)
     rows = [
-        _row(target, candidate.chosen.get(key), plan, kernels.get(key, "")) for key, target in context.targets.items()
+        replace(
+            _row(target, candidate.chosen.get(key), plan, kernels[key].op_type if key in kernels else ""),
+            time_share=inside.shares.get(key),
+        )
+        for key, target in context.targets.items()
     ]
     average = _average(context.targets, candidate.chosen)
     fidelity = None
@@ -83,12 +99,80 @@ def build_report(
         timings=measured.timings,
         contenders=outcome.contenders,
         unmet=tuple(_unmet(context, budget, candidate, size, average[0], measured)),
-        notes=(*context.loaded.notes, *outcome.allocation.notes, *_notes(context, candidate, measured)),
+        notes=(*context.loaded.notes, *outcome.allocation.notes, *_notes(context, candidate, measured), *inside.notes),
         provenance=dict(origin),
         sensitivities=sensitivities(outcome.allocation, candidate.asked),
         predicted=outcome.allocation.predicted,
         front=tuple(FrontRow(point.size, point.average_bits, point.loss) for point in outcome.allocation.front),
+        budget=budget.to_dict(),
+        accuracy=_accuracy(context, measured),
+        depth=inside.depth,
+        activations=activation_rows(candidate.emission, context.targets, context.histograms),
+        command=python_call(name, context, budget, planned=candidate.name == "plan"),
     )
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What running the model once more, opened up, has told."""
+
+    depth: tuple[DepthRow, ...] = ()
+    shares: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def look_inside(context: Context, candidate: Candidate, feed: Feed | None) -> Inside:
+    """The error along the depth, and each layer's share of the time; a run never fails for them.
+
+    Args:
+        feed: a few held-out samples.
+    """
+    if context.held_out is None or feed is None:
+        return Inside()
+    if context.large:
+        return Inside(
+            notes=("more than 1 GiB of weights: error along the depth and shares of the time are not measured",)
+        )
+    threads, emitted, notes = context.options.threads, candidate.emitted, []
+    depth: tuple[DepthRow, ...] = ()
+    shares: Mapping[str, float] = {}
+    try:
+        depth = error_along_depth(context.loaded.model, emitted.model, context.targets, feed, threads=threads)
+    except InputError as error:
+        notes.append(f"the error along the depth is not known: {error}")
+    try:
+        names = with_fused(emitted.model, emitted.names)
+        shares = time_shares(emitted.model, names, typical_feed(context.held_out.feeds), threads=threads)
+    except InputError as error:
+        notes.append(f"the layers' shares of the time are not known: {error}")
+    return Inside(depth, shares, tuple(notes))
+
+
+def _accuracy(context: Context, measured: Measured) -> Accuracy | None:
+    evaluation = context.evaluation
+    if evaluation is None or measured.drop is None:
+        return None
+    return Accuracy(evaluation.name, evaluation.float_score, evaluation.float_score - measured.drop)
+
+
+def python_call(name: str, context: Context, budget: Budget, *, planned: bool) -> str:
+    """The line of Python that asks for the same: what differs from the defaults; data as a name."""
+    known = {item.name: item.default for item in fields(Options) if item.default is not MISSING}
+    options = context.options
+    given = {key: getattr(options, key) for key, usual in known.items() if getattr(options, key) != usual}
+    arguments = [repr(name), *(["plan"] if planned else [])]
+    if context.calibration is not None and not options.random_calibration:
+        arguments.append("calibration=calibration")
+    if context.evaluation is not None:
+        arguments.append("evaluation=evaluation")
+    if not budget.is_empty:
+        limits = {item.name: getattr(budget, item.name) for item in fields(budget)}
+        inside = ", ".join(f"{key}={value!r}" for key, value in limits.items() if value is not None)
+        arguments.append(f"budget=quantkit.Budget({inside})")
+    if options.settings:
+        given["settings"] = dict(options.settings)
+    arguments += [f"{key}={value!r}" for key, value in given.items()]
+    return f"quantkit.{'apply' if planned else 'compress'}({', '.join(arguments)})"
 
 
 def sensitivities(allocation: Allocation, specs: Mapping[str, QuantSpec]) -> tuple[SensitivityRow, ...]:
@@ -103,19 +187,6 @@ def sensitivities(allocation: Allocation, specs: Mapping[str, QuantSpec]) -> tup
         bits = None if spec is None or spec.group_bits is not None else spec.bits
         rows.append(SensitivityRow(unit.members, losses, bits, name))
     return tuple(rows)
-
-
-def layer_kernels(nodes: Sequence[onnx.NodeProto], names: Mapping[str, frozenset[str]]) -> dict[str, str]:
-    """Target name -> operator that computes it in the optimised graph ("" = not found)."""
-    found: dict[str, str] = {}
-    for node in nodes:
-        if node.op_type in CARRIERS:
-            continue
-        own = {node.name, *node.input, *node.output}
-        for key, carried in names.items():
-            if key not in found and own & carried:
-                found[key] = node.op_type
-    return found
 
 
 def _row(target: Target, option: Option | None, plan: Plan, kernel: str) -> LayerRow:

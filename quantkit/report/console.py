@@ -1,4 +1,4 @@
-"""A report as tables that fit 80 columns, on the terminal or as one self-contained HTML page."""
+"""A report as tables that fit 80 columns, on the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from io import StringIO
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -51,18 +50,6 @@ def print_report(report: Report, console: Console, *, all_layers: bool = False) 
         console.print(Text(f"not met: {sentence}", style="bold red"))
 
 
-def report_html(report: Report) -> str:
-    """The same tables, every layer, as one HTML page without outside references."""
-    console = Console(record=True, width=200, file=StringIO(), highlight=False, emoji=False, markup=False)
-    console.print(Text(f"quantkit report: {report.model}", style="bold"))
-    print_report(report, console, all_layers=True)
-    provenance = plain_table("provenance", ("key", "value"))
-    for key, value in report.provenance.items():
-        provenance.add_row(key, value)
-    console.print(provenance)
-    return console.export_html(inline_styles=True)
-
-
 # What the forms in the table mean; the plan has every layer's own reason.
 FORMS = MappingProxyType(
     {
@@ -70,7 +57,7 @@ FORMS = MappingProxyType(
         "dynamic": "integer product, activation ranges taken at run time",
         "matmulnbits": "weights stay packed at run time, activations are rounded per block",
         "gather": "rows are dequantized as they are looked up",
-        "packed": "packed in the file, float at run time: the most accurate form, at float speed",
+        "packed": "packed in the file, float at run time: most accurate, at float speed",
     }
 )
 

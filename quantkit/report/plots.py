@@ -15,7 +15,7 @@ from quantkit.report.console import shorten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from quantkit.sensitivity import Sensitivity
+    from quantkit.ranking import Sensitivity
 
 NAME_WIDTH = 40
 ROW_INCHES = 0.22

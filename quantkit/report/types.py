@@ -1,10 +1,10 @@
-"""What a run reports, as plain data: the console table and report.json are two views of it."""
+"""What a run reports, as plain data: the console table, report.json and report.html are views of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -19,6 +19,7 @@ class LayerRow:
         kernel: operator that the runtime really runs for it, read from the optimised graph ("" = folded away).
         form: how it is written (`qdq`, `dynamic`, `matmulnbits`, `gather`, `packed`).
         latency: measured time of this layer alone relative to float (None = not measured).
+        time_share: of the quantized model's time, spent in this layer's kernel, 0 to 1 (None = not measured).
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerRow:
     kernel: str
     latency: float | None
     reason: str
+    time_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,57 @@ class Fidelity:
     top1_agreement: float | None
     parity: float
     samples: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The user's metric on the user's evaluation data; higher is better."""
+
+    metric: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """One value inside the emitted model against the float model's, everything before it being quantized too.
+
+    Attributes:
+        name: of the value, the same in both models.
+        layer: whose output it is; None for an output of the model that no layer makes.
+        sqnr: dB.
+        output: it is an output of the model.
+    """
+
+    name: str
+    layer: str | None
+    sqnr: float
+    output: bool
+
+
+@dataclass(frozen=True)
+class ActivationRow:
+    """Values that share one static scale and zero point: real = scale * (code - zero_point), codes 0 to 255.
+
+    Attributes:
+        name: of the value, or of the first of several.
+        layers: that read it as integers.
+        least, greatest: what calibration saw; None where the range came from a plan.
+        low, high: what the codes reach; beyond it values are clipped.
+        clipped: share of what calibration saw that lies outside, 0 to 1.
+        shares: [B] of what calibration saw, in B equal bins from least to greatest.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    least: float | None
+    greatest: float | None
+    low: float
+    high: float
+    scale: float
+    zero_point: int
+    clipped: float | None
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -147,6 +200,11 @@ class Report:
         sensitivities: of every unit, in graph order; empty where no estimator was asked.
         predicted: nats per sample that the allocator expected of its choice, activations float.
         front: choices from the smallest to the least loss.
+        budget: the constraints that were asked for, as `Budget.to_dict` says them.
+        accuracy: None where there is no evaluation data.
+        depth: in graph order; empty without data, and for models with more than 1 GiB of weights.
+        activations: of the static integer layers.
+        command: the line that repeats the run: of the shell, or else of Python.
     """
 
     model: str
@@ -167,6 +225,11 @@ class Report:
     sensitivities: tuple[SensitivityRow, ...] = ()
     predicted: float | None = None
     front: tuple[FrontRow, ...] = ()
+    budget: Mapping[str, float | str] = field(default_factory=dict)
+    accuracy: Accuracy | None = None
+    depth: tuple[DepthRow, ...] = ()
+    activations: tuple[ActivationRow, ...] = ()
+    command: str = ""
 
     @property
     def budget_met(self) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import InputError
+from quantkit.ranking import EstimatorRow, Sensitivity, UnitRow
 from quantkit.report.plots import new_figure, plot_curves, plot_sensitivity, write_figure
-from quantkit.sensitivity import EstimatorRow, Sensitivity, UnitRow
 
 
 def found() -> Sensitivity:
