@@ -223,7 +223,7 @@ def _sequenced(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Led
         retried = _in_sequence(_allocated(tighter, recipe, ledger)[0], recipe, ledger)
         other = retried if retried.size <= limit else other
     before, after = ledger.measure(candidate), ledger.measure(other)
-    better = after.sqnr > before.sqnr and _stays_within(budget, candidate, other, ledger)
+    better = after.loss < before.loss and _stays_within(budget, candidate, other, ledger)
     kept = wanted == "quantized" or better
     return (other, replace(recipe, sequential=True)) if kept else (candidate, recipe)
 
