@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,6 +21,10 @@ from quantkit.types import Target
 
 LARGE = 1 << 30
 """Bytes of float weights."""
+
+
+SINGLE_PASS = {"gptq.rounds": 0, "gptq.restarts": 0, "gptq.sweeps": 0}
+HASTY = "a large model: gptq makes one pass only; for less loss in more time, --set gptq.rounds=3 and gptq.sweeps=100"
 
 
 def is_large(targets: Iterable[Target]) -> bool:
@@ -34,6 +39,13 @@ def float_bytes(targets: Iterable[Target]) -> int:
 def open_store(options: Options, targets: Iterable[Target]) -> Store:
     """Entries stay in the folder that the user named; a large model has a folder for its arrays in any case."""
     return Store(options.cache, make_scratch(options.cache) if is_large(targets) else None)
+
+
+def hastened(options: Options) -> Options:
+    """Settings with which a large model takes minutes, not hours, where the user did not give others."""
+    if options.quantizer not in ("auto", "gptq"):
+        return options
+    return replace(options, settings={**SINGLE_PASS, **options.settings})
 
 
 def reference_session(model: ir.Model, large: bool, threads: int) -> Session:

@@ -34,7 +34,7 @@ from quantkit.graph.load import LoadedModel, load_model
 from quantkit.graph.regions import find_regions, moved
 from quantkit.graph.targets import Untouched, find_targets
 from quantkit.kept import kept
-from quantkit.large import is_large, make_scratch, open_store, reference_session
+from quantkit.large import HASTY, hastened, is_large, make_scratch, open_store, reference_session
 from quantkit.measuring import relative_latency
 from quantkit.methods import make
 from quantkit.options import Options, make_options
@@ -168,10 +168,13 @@ def prepare(
     """
     loaded = load_model(model)
     targets, untouched = find_targets(loaded.model, options.ignore)
-    name = _name(loaded, model)
+    name = str(loaded.source or loaded.model.graph.name or type(model).__name__)
     if not targets:
         raise InputError(f"{name} has no layer to quantize: {_reasons(untouched)}")
-    reference = reference_session(loaded.model, is_large(targets.values()), options.threads)
+    large = is_large(targets.values())
+    if large and calibration is not None and (hasty := hastened(options)) != options:
+        options, loaded = hasty, replace(loaded, notes=(*loaded.notes, HASTY))
+    reference = reference_session(loaded.model, large, options.threads)
     settings = method_settings(options, options.quantizer)
     store = open_store(options, targets.values())
     quantizer = kept(make("quantizers", options.quantizer, settings), store)
@@ -309,12 +312,6 @@ def method_settings(options: Options, name: str) -> dict[str, Any]:
 
 def _reasons(untouched: list[Untouched]) -> str:
     return "; ".join(f"{row.name}: {row.reason}" for row in untouched[:5]) or NO_TARGETS
-
-
-def _name(loaded: LoadedModel, model: object) -> str:
-    if loaded.source is not None:
-        return str(loaded.source)
-    return str(loaded.model.graph.name or type(model).__name__)
 
 
 def _open_data(calibration: object, reference: Session, options: Options, most_held_out: int) -> Data:

@@ -127,6 +127,22 @@ def test_external_weights_begin_at_pages(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(offset % 4096 == 0 for offset, length in sizes.items() if length > 1 << 20)
 
 
+def test_gptq_of_a_large_model_is_a_single_pass_unless_asked_for_more(model: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"calibration": ids(), "bits": (4,), "inputs": "float", "cache": tmp_path}
+    result = quantkit.compress(model, **settings)
+    assert {key: result.plan.settings[key] for key in large.SINGLE_PASS} == large.SINGLE_PASS
+    assert large.HASTY in result.report.notes
+    asked = quantkit.compress(model, settings=dict.fromkeys(large.SINGLE_PASS, 1), **settings)
+    assert {key: asked.plan.settings[key] for key in large.SINGLE_PASS} == dict.fromkeys(large.SINGLE_PASS, 1)
+    assert large.HASTY not in asked.report.notes
+    plain = quantkit.compress(model, quantizer="mse", **settings)
+    assert not set(large.SINGLE_PASS) & set(plain.plan.settings)
+    again = quantkit.apply(model, result.plan, **{key: settings[key] for key in ("calibration", "cache")})
+    result.save(tmp_path / "a.onnx")
+    again.save(tmp_path / "b.onnx")
+    assert (tmp_path / "a.onnx.data").read_bytes() == (tmp_path / "b.onnx.data").read_bytes()
+
+
 def test_a_weight_that_is_read_twice_counts_once() -> None:
     text = """g (int64[B] ids, float[300,64] t) => (float[B,300] y) {
         e = Gather(t, ids) r = Relu(e) k = Transpose<perm=[1,0]>(t) y = MatMul(r, k) }"""

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 
 def add_output(parser: ArgumentParser) -> None:
-    """--json, --quiet, --debug."""
+    """--json, --quiet, --verbose, --debug."""
     group = parser.add_argument_group("messages")
     group.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     group.add_argument("-q", "--quiet", action="store_true", help="no tables and no progress, only errors")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument("-v", "--verbose", action="store_true", help="say what is being done, with times, line by line")
+    group.add_argument("--debug", action="store_true", help="the same with versions, and the traceback of an error")
 
 
 def add_data(parser: ArgumentParser) -> None:
@@ -61,7 +62,11 @@ def add_run(parser: ArgumentParser) -> None:
         "--workers", metavar="N", type=int, default=0, help="processes for layers (default: 0 = all cores)"
     )
     group.add_argument("--seed", metavar="N", type=int, help="of everything random (default: 0)")
-    group.add_argument("--cache", metavar="DIR", help="folder for measured latencies")
+    group.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="folder for finished work, so that a run that was stopped goes on there, and for measured latencies",
+    )
     limit = f"{Options.memory_limit >> 20}MiB"
     group.add_argument("--memory-limit", metavar="SIZE", default=limit, help=f"for calibration (default: {limit})")
 
@@ -247,6 +252,16 @@ def check_writable(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
             raise InputError(f"{other} and {option} are the same file {path}; give two names")
 
 
+def plot_path(text: str | None) -> Path | None:
+    """Raises: InputError for --plot with another ending than that of a picture."""
+    if text is None:
+        return None
+    path = Path(text)
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot must end in .png or .svg, got {path}")
+    return path
+
+
 def output_folder(option: str, text: str) -> Path:
     """A folder to write several files into: an empty one, or one that is still to be made.
 
@@ -269,9 +284,13 @@ def console_of(args: Namespace) -> ErrorConsole:
 
 
 def progress_of(args: Namespace) -> Progress:
-    """Bars, or nothing with --quiet."""
+    """Bars; lines with --verbose; nothing with --quiet."""
     from quantkit.report.progress import ConsoleProgress, SilentProgress
 
+    if args.verbose or args.debug:
+        from quantkit.commands._messages import LoggingProgress
+
+        return LoggingProgress()
     return SilentProgress() if args.quiet else ConsoleProgress(console_of(args))
 
 

@@ -19,7 +19,7 @@ class Auto:
     """The default quantizer.
 
     Attributes:
-        damp, act_order, rounds, restarts: of gptq.
+        damp, act_order, rounds, restarts, sweeps: of gptq.
         steps, max_shrink, norm, refinements: of mse.
     """
 
@@ -27,6 +27,7 @@ class Auto:
     act_order: bool = GPTQ.act_order
     rounds: int = GPTQ.rounds
     restarts: int = GPTQ.restarts
+    sweeps: int = GPTQ.sweeps
     steps: int = MSE.steps
     max_shrink: float = MSE.max_shrink
     norm: float = MSE.norm
@@ -48,7 +49,7 @@ class Auto:
         return _gram.best_rows(weight, gram, [self._mse().quantize(weight, spec, stats), found])
 
     def _gptq(self) -> GPTQ:
-        return GPTQ(self.damp, self.act_order, self.rounds, self.restarts)
+        return GPTQ(self.damp, self.act_order, self.rounds, self.restarts, self.sweeps)
 
     def _mse(self) -> MSE:
         return MSE(self.steps, self.max_shrink, self.norm, self.refinements)

@@ -24,8 +24,7 @@ from quantkit.quantizers.mse import MSE
 from quantkit.quantizers.rtn import RTN
 from quantkit.types import FloatArray, LayerStats, QuantizedWeight, QuantSpec, WeightQuantizer
 
-_SWEEPS = 4  # of descent in each round; the last one runs to the end
-_LAST_SWEEPS = 100
+_SWEEPS = 4  # of descent in each round
 _ENOUGH = 1 - 1e-3  # a round that lowers E by less is the last
 
 
@@ -38,12 +37,15 @@ class GPTQ:
         act_order: inputs and groups of large mean square first; else in their own order.
         rounds: most rounds of descent and new grids.
         restarts: how often the sequence is run again from the best grids; rows that come out better are kept.
+        sweeps: most passes of the descent at the end, which stops by itself where no code can be improved. The three
+            together decide the time: with 0, 0 and 0 it is the paper's single pass, ten times faster on wide layers.
     """
 
     damp: float = 0.05
     act_order: bool = True
     rounds: int = 3
     restarts: int = 1
+    sweeps: int = 100
 
     stats: ClassVar[frozenset[str]] = frozenset({"gram"})
 
@@ -54,6 +56,8 @@ class GPTQ:
             raise InputError(f"gptq.rounds must be at least 0 and at most 1000, got {self.rounds}")
         if not 0 <= self.restarts <= 100:
             raise InputError(f"gptq.restarts must be at least 0 and at most 100, got {self.restarts}")
+        if not 0 <= self.sweeps <= 1000:
+            raise InputError(f"gptq.sweeps must be at least 0 and at most 1000, got {self.sweeps}")
 
     def quantize(self, weight: FloatArray, spec: QuantSpec, stats: LayerStats | None) -> QuantizedWeight:
         gram = _gram.usable_gram(stats, (weight.shape[0], weight.shape[1]))
@@ -121,7 +125,7 @@ class _Solver:
             other = best.copy()
             self._run(other, wide)
             best.take(other, other.errors < best.errors)
-        _gram.descend(self.matrix, best, self.columns, _LAST_SWEEPS)
+        _gram.descend(self.matrix, best, self.columns, self.settings.sweeps)
         found.codes[rows] = best.codes.T
         found.scales[rows] = best.scales.T
         found.zero_points[rows] = best.zero_points.T

@@ -184,6 +184,17 @@ def test_more_rounds_and_restarts_are_better() -> None:
     assert errors[0] > 1.01 * errors[1] and errors[1] > errors[2] > errors[3]
 
 
+def test_the_single_pass_of_the_paper_is_a_choice() -> None:
+    weight, gram, spec = weight_of((40, 160)), gram_of(160), QuantSpec(3, 32)
+    single, ended = (
+        row_errors(weight, GPTQ(rounds=0, restarts=0, sweeps=sweeps).quantize(weight, spec, stats_of(gram)), gram)
+        for sweeps in (0, 100)
+    )
+    assert ended.sum() < 0.99 * single.sum()
+    plain = row_errors(weight, RTN().quantize(weight, spec, None), gram)
+    assert (single <= plain).all() and single.sum() < 0.7 * plain.sum()
+
+
 def test_orthogonal_inputs_leave_each_group_a_clip_search() -> None:
     """H = identity: nothing can be made up for, every code is the nearest one of its grid."""
     weight = weight_of((20, 96))
@@ -368,6 +379,7 @@ def test_settings_are_checked() -> None:
         ({"damp": float("nan")}, "gptq.damp must be at least 0 and at most 100, got nan"),
         ({"rounds": -1}, "gptq.rounds must be at least 0 and at most 1000, got -1"),
         ({"restarts": 101}, "gptq.restarts must be at least 0 and at most 100, got 101"),
+        ({"sweeps": 1001}, "gptq.sweeps must be at least 0 and at most 1000, got 1001"),
     ):
         with pytest.raises(InputError, match=message):
             GPTQ(**settings)
