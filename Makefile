@@ -2,12 +2,13 @@
 #   make demo    train a small model, compress it, compare
 #   make test    the tests
 #   make lint    ruff and mypy
+#   make docs    the documentation, into build/site
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/quantkit demo
@@ -20,8 +21,11 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict quantkit kernels/quantkit_kernels
 
+docs: $(VENV)/.dev-installed
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
 
 # The stamps make every later run start at once; a changed requirement installs again.
 $(BIN)/python:

@@ -9,12 +9,24 @@ import argparse
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from quantkit.commands import apply, bench, compress, demo, inspect, methods, sensitivity, tune, verify
+from quantkit.commands import (
+    apply,
+    bench,
+    completion,
+    compress,
+    demo,
+    diff,
+    inspect,
+    methods,
+    schema,
+    sensitivity,
+    tune,
+    verify,
+)
 from quantkit.commands._common import flush_stdout
 from quantkit.errors import InputError, VerificationError
 
@@ -22,18 +34,22 @@ VERBS = (
     ("compress", compress),
     ("tune", tune),
     ("apply", apply),
+    ("diff", diff),
     ("inspect", inspect),
     ("sensitivity", sensitivity),
     ("verify", verify),
     ("bench", bench),
     ("methods", methods),
+    ("schema", schema),
     ("demo", demo),
+    ("completion", completion),
 )
 BAD_INPUT = 2
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 EPILOG = (
     "Tables go to standard error, --json to standard output. "
-    "Exit codes: 0 = done; 1 = done, but the budget or the accuracy asked for was not met; 2 = not done."
+    "Exit codes: 0 = done; 1 = done, but the budget or the accuracy asked for was not met, or the plans "
+    "differ; 2 = not done."
 )
 
 
@@ -98,19 +114,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     try:
         args = parser.parse_args(argv)
+        args.argv = list(sys.argv[1:] if argv is None else argv)
         if args.command is None:
             parser.print_help(sys.stderr)
             return BAD_INPUT
     except SystemExit as stop:
         flush_stdout()
         return int(stop.code or 0)
+    from quantkit.commands._messages import logging_to_stderr, print_traceback
+
+    level = "DEBUG" if args.debug else "INFO" if args.verbose else None
     try:
-        return int(args.run(args))
+        with logging_to_stderr(level):
+            return int(args.run(args))
     except BaseException as error:  # every failure becomes one sentence here; --debug shows the rest
         if isinstance(error, SystemExit | GeneratorExit):
             raise
         if args.debug:
-            traceback.print_exc()
+            print_traceback(error)
         _complain(explain(error, getattr(args, "output", None)))
         return BAD_INPUT
 

@@ -238,20 +238,20 @@ def _rule_to_dict(match: str, layer: LayerPlan) -> dict[str, Any]:
         "group_size": layer.spec.group_size,
         "symmetric": layer.spec.symmetric,
         "act_bits": layer.spec.act_bits,
-        **({} if groups is None else {"group_bits": _runs(groups)}),
+        **({} if groups is None else {"group_bits": group_runs(groups)}),
         "form": "auto" if layer.form is None else layer.form,
         "reason": layer.reason,
     }
 
 
-def _runs(group_bits: tuple[int, ...]) -> str:
+def group_runs(group_bits: tuple[int, ...]) -> str:
     """(4, 4, 3, 8) -> "4x2 3 8"."""
     runs = ((bits, sum(1 for _ in run)) for bits, run in itertools.groupby(group_bits))
     return " ".join(f"{bits}x{count}" if count > 1 else str(bits) for bits, count in runs)
 
 
 def _group_bits(value: object, where: str, most: int) -> tuple[int, ...] | None:
-    """The inverse of `_runs`; a list of widths is taken as it stands."""
+    """The inverse of `group_runs`; a list of widths is taken as it stands."""
     if value is None:
         return None
     if isinstance(value, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.commands import _common
@@ -22,6 +23,7 @@ def add(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--shape", metavar="NAME=DIMS", action="append", help="an input's shape, such as x=1x3x224x224")
     group.add_argument("--threads", metavar="N", type=int, default=1, help="onnxruntime threads, 0 = all (default: 1)")
+    group.add_argument("--plot", metavar="FILE", help="write a picture of the times, as .png or .svg")
     group.add_argument("--seconds", metavar="S", type=float, default=3.0, help="how long to measure (default: 3)")
     _common.add_output(parser)
 
@@ -32,6 +34,8 @@ def run(args: Namespace) -> int:
     if not 0 < args.seconds <= 3600:
         raise InputError(f"--seconds must be above 0 and at most 3600, got {args.seconds:g}")
     _common.check_run(args)
+    plot = _common.plot_path(args.plot)
+    _common.check_writable({"--plot": plot}, {f"model {path}": path for path in models})
     calibration = _common.calibration_of(args)
     if calibration is not None and shapes:
         raise InputError("--shape and --calib both say what the inputs look like; give one of them")
@@ -60,12 +64,39 @@ def run(args: Namespace) -> int:
         for path, median in zip(models, medians, strict=True):
             speedup = medians[0] / median
             rows.append({"model": path, "shapes": sizes, "median_ms": median, "speedup": speedup})
-            text = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sizes.items())
-            table.add_row(Text(shorten(str(path), 34)), Text(text), f"{median:.3f}", f"{speedup:.2f}x")
+            table.add_row(Text(shorten(str(path), 34)), Text(_shapes(sizes)), f"{median:.3f}", f"{speedup:.2f}x")
     _common.console_of(args).print(table)
+    if plot is not None:
+        plot_times(rows, plot)
     if args.json:
         _common.print_json({"threads": args.threads, "seconds": args.seconds, "rows": rows})
     return 0
+
+
+def plot_times(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One bar for each model and shape, in milliseconds.
+
+    Raises:
+        InputError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    from quantkit.report.console import shorten
+    from quantkit.report.plots import new_figure, write_figure
+
+    figure = new_figure(8.0, 1.2 + 0.4 * len(rows))
+    axes = figure.add_subplot()
+    labels = [f"{shorten(str(row['model']), 40)}\n{_shapes(row['shapes'])}" for row in rows]
+    bars = axes.barh(range(len(rows)), [row["median_ms"] for row in rows])
+    axes.bar_label(bars, [f"{row['speedup']:.2f}x" for row in rows], padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("median time of one run, ms")
+    write_figure(figure, path)
+
+
+def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def made_up(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]]) -> CalibrationData:

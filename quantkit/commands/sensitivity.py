@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.commands import _common
@@ -13,11 +13,13 @@ from quantkit.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from quantkit.sensitivity import Sensitivity
+    from quantkit.ranking import Sensitivity
 
 HELP = "rank layers by what quantizing them would cost"
 USAGE = "quantkit sensitivity MODEL --calib SRC [options]"
 SHOWN = 30
+FIGURE_WIDTH = 7  # 1.2e-05
+EDGES = 6  # left, right, and the gaps behind name and weights
 
 
 def add(parser: ArgumentParser) -> None:
@@ -51,7 +53,7 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     path = _common.existing_file(args.model)
-    plot = _plot_path(args.plot)
+    plot = _common.plot_path(args.plot)
     _common.check_writable({"--plot": plot}, {"input model": path})
     widths = parse_bits(args.bits) or (2, 3, 4, 8)
     at = args.at if args.at is not None else next((bits for bits in widths if bits > 2), widths[0])
@@ -59,7 +61,7 @@ def run(args: Namespace) -> int:
         raise InputError(f"--at must be one of the widths {', '.join(map(str, widths))}, got {at}")
     estimators = [name.strip() for name in args.estimators.split(",") if name.strip()]
 
-    from quantkit.sensitivity import sensitivity
+    from quantkit.ranking import sensitivity
 
     found = sensitivity(
         path,
@@ -84,36 +86,51 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _plot_path(text: str | None) -> Path | None:
-    if text is None:
-        return None
-    path = Path(text)
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"--plot must end in .png or .svg, got {path}")
-    return path
+def _fitting(headings: Sequence[str], room: int) -> Iterator[list[int]]:
+    """Places of the columns, as many at a time as fit side by side."""
+    part: list[int] = []
+    taken = 0
+    for place, heading in enumerate(headings):
+        width = max(len(heading), FIGURE_WIDTH) + 2
+        if part and taken + width > room:
+            yield part
+            part, taken = [], 0
+        part.append(place)
+        taken += width
+    yield part
 
 
 def show(found: Sensitivity, at: int, console: Console, *, all_rows: bool) -> None:
     """Units by what they lose, worst first; one column for each width of the first estimator, one for each other."""
     from rich.text import Text
 
+    from quantkit.ranking import loss_at
     from quantkit.report.console import NAME_WIDTH, plain_table, shorten
-    from quantkit.sensitivity import loss_at
 
     first, *others = (row.name for row in found.estimators)
     widths = sorted({bits for row in found.rows for bits in row.bits})
-    table = plain_table(f"what layers lose, by {first} at {at} bits", ("layer",))
-    for heading in ("weights", *(f"{bits} bit" for bits in widths), *others):
-        table.add_column(heading, justify="right", overflow="fold")
+    headings = [*(f"{bits} bit" for bits in widths), *others]
     ranked = found.ranking(first, at)
     shown = ranked if all_rows else ranked[:SHOWN]
-    for row in shown:
-        known = dict(zip(row.bits, row.losses[first], strict=True))
-        more = f" +{len(row.layers) - 1}" if len(row.layers) > 1 else ""
-        cells = [f"{known[bits]:.2g}" if bits in known else "-" for bits in widths]
-        cells += [f"{loss_at(row, name, at):.2g}" for name in others]
-        table.add_row(Text(shorten(row.layers[0], NAME_WIDTH) + more), f"{row.weights:,}", *cells)
-    console.print(table)
+    names = [
+        shorten(row.layers[0], NAME_WIDTH) + (f" +{len(row.layers) - 1}" if len(row.layers) > 1 else "")
+        for row in shown
+    ]
+    sizes = [f"{row.weights:,}" for row in shown]
+    taken = max(map(len, [*names, "layer"])) + max(map(len, [*sizes, "weights"])) + EDGES
+    title = f"what layers lose, by {first} at {at} bits"
+    for part in _fitting(headings, console.width - taken):
+        table = plain_table(title, ())
+        table.add_column("layer", no_wrap=True)
+        for heading in ("weights", *(headings[place] for place in part)):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, size, row in zip(names, sizes, shown, strict=True):
+            known = dict(zip(row.bits, row.losses[first], strict=True))
+            cells = [f"{known[bits]:.2g}" if bits in known else "-" for bits in widths]
+            cells += [f"{loss_at(row, other, at):.2g}" for other in others]
+            table.add_row(Text(name), size, *(cells[place] for place in part))
+        console.print(table)
+        title = "the same layers"
     if len(shown) < len(ranked):
         console.print(f"{len(ranked) - len(shown)} layers that lose less are not shown (--all-layers)")
     for item in found.estimators:

@@ -13,7 +13,7 @@ import pytest
 
 from quantkit.allocators._table import Estimator, units_of
 from quantkit.methods import make
-from quantkit.sensitivity import estimator_names
+from quantkit.ranking import estimator_names
 from tests.allocators import small
 
 BITS = (2, 3, 4, 6, 8)

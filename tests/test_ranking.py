@@ -1,4 +1,4 @@
-"""`quantkit sensitivity` and `quantkit.sensitivity`: which layer hurts, on the command line and in Python."""
+"""`quantkit sensitivity` and `quantkit.sensitivity()`: which layer hurts, on the command line and in Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from quantkit.cli import main
 from quantkit.errors import InputError
-from quantkit.sensitivity import estimator_names, loss_at, sensitivity
+from quantkit.ranking import estimator_names, loss_at, sensitivity
 from tests.helpers import models
 
 
