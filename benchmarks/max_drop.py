@@ -25,7 +25,8 @@ from benchmarks.data import Labelled, cifar10_calibration, cifar10_test, imagene
 from benchmarks.harness import Environment, Record, append_records, environment, evaluate_classifier
 from quantkit.budget import Budget
 from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
-from quantkit.pipeline import Result, compress
+from quantkit.pipeline import compress
+from quantkit.result import Result
 
 MODELS = ("resnet20", "squeezenet")
 DROP = 0.01

@@ -73,12 +73,13 @@ if TYPE_CHECKING:
     from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
     from quantkit.errors import InputError, VerificationError
     from quantkit.options import Options
-    from quantkit.pipeline import Result, apply, compress
+    from quantkit.pipeline import apply, compress
     from quantkit.plan import load_plan, save_plan
     from quantkit.plandiff import PlanDiff, diff_plans
     from quantkit.ranking import Sensitivity, sensitivity
     from quantkit.report.progress import Progress
     from quantkit.report.types import Report
+    from quantkit.result import Result
     from quantkit.runtime.session import InferenceSession
     from quantkit.tuning.tune import Tuned, TuneSettings, tune
     from quantkit.types import LayerPlan, Plan, QuantSpec
@@ -117,7 +118,8 @@ _HOMES = (
     ("quantkit.calibration.request", ("CalibrationRequest", "EvaluationRequest")),
     ("quantkit.errors", ("InputError", "VerificationError")),
     ("quantkit.options", ("Options",)),
-    ("quantkit.pipeline", ("Result", "apply", "compress")),
+    ("quantkit.pipeline", ("apply", "compress")),
+    ("quantkit.result", ("Result",)),
     ("quantkit.plan", ("load_plan", "save_plan")),
     ("quantkit.plandiff", ("PlanDiff", "diff_plans")),
     ("quantkit.ranking", ("Sensitivity", "sensitivity")),

@@ -318,13 +318,14 @@ def plan_of(context: Context, candidate: Candidate, recipe: Recipe, rows: Sequen
 def _losses(row: SensitivityRow) -> str:
     """What the widths around the one chosen would lose."""
     near = [bits for bits in row.losses if row.bits is None or abs(bits - row.bits) <= NEAR]
-    figures = ", ".join(f"{row.losses[bits]:.2g} at {bits}" for bits in sorted(near))
-    return f"; loses {figures} bits ({row.estimator})" if figures else ""
+    kept = {row.bits: " (chosen)"} if row.bits is not None else {}
+    figures = ", ".join(f"{row.losses[bits]:.2g} at {bits}{kept.get(bits, '')}" for bits in sorted(near))
+    return f"; would lose {figures} bits, by {row.estimator}" if figures else ""
 
 
 def _reason(option: Option) -> str:
     if option.form == "qdq":
-        return "integer convolution path"
+        return "integer kernel, activation ranges from calibration"
     if option.form == "gather":
         return "rows are dequantized as they are looked up"
     if option.ratio is None:

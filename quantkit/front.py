@@ -8,8 +8,8 @@ from pathlib import Path
 from quantkit.allocators._table import Point
 from quantkit.errors import InputError
 from quantkit.files import write_text
-from quantkit.pipeline import Result
 from quantkit.plan import plan_to_json
+from quantkit.result import Result
 from quantkit.types import LayerPlan, Plan
 
 INDEX = "front.json"

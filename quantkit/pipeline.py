@@ -19,9 +19,8 @@ import onnx_ir as ir
 
 from quantkit import forms
 from quantkit.allocation import CORRECTION_GAIN_DB, Outcome, allocate
-from quantkit.allocators._table import Allocation
 from quantkit.budget import Budget
-from quantkit.cache import Scratch, Store
+from quantkit.cache import Store
 from quantkit.calibration.collector import Collected, Request, Settings, collect
 from quantkit.calibration.data import CalibrationData, random_calibration
 from quantkit.calibration.request import EvaluationRequest
@@ -44,8 +43,9 @@ from quantkit.planned import apply_plan
 from quantkit.provenance import provenance
 from quantkit.report.build import Measured, build_report
 from quantkit.report.progress import Progress, SilentProgress
-from quantkit.report.types import Contender, Report
+from quantkit.report.types import Contender
 from quantkit.rescaling import Rescaled, choices, planned, rescale, search_bits
+from quantkit.result import Result
 from quantkit.runtime.ort import Session, make_session
 from quantkit.types import Allocator, Feed, LayerStats, Plan, Target, WeightQuantizer
 from quantkit.verify import (
@@ -64,33 +64,6 @@ FEW = 2
 MADE_UP_IDS = (99, 9, 1)
 NO_TARGETS = "no MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM or GRU has a constant weight and an input that is not"
 ERROR_STATS = frozenset({"rows", "mean"})
-
-
-@dataclass(frozen=True)
-class Result:
-    """A compressed, verified model.
-
-    Attributes:
-        model: the quantized graph, provenance included.
-        plan: every decision; `quantkit.plan.save_plan` writes it, `apply` repeats it.
-        report: what was measured.
-        allocation: how bits were allocated: sensitivities, and the front of choices.
-        files: where the weights of a large model lie until it is saved; None = in memory.
-    """
-
-    model: ir.Model
-    plan: Plan
-    report: Report
-    allocation: Allocation = field(default_factory=lambda: Allocation({}))
-    files: Scratch | None = None
-
-    def save(self, path: str | Path) -> None:
-        """Write the model; the final name appears only when the file is whole.
-
-        Raises:
-            OSError: the folder cannot be written, or the disk is full.
-        """
-        save(self.model, Path(path), None if self.files is None else self.files.folder)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from quantkit.budget import Budget
 from quantkit.candidate import seen_by
 from quantkit.errors import InputError
 from quantkit.methods import make
-from quantkit.pipeline import Result, apply, compress
+from quantkit.pipeline import apply, compress
 from quantkit.plan import load_plan, plan_from_json, plan_to_json, save_plan
+from quantkit.result import Result
 from quantkit.types import LayerPlan, LayerStats, Plan, QuantSpec
 from tests.helpers import models
 

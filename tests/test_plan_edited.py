@@ -1,4 +1,4 @@
-"""A plan edited by hand, one layer from 4 to 8 bits: that layer changes, nothing else, and the file is verified anew."""
+"""A plan edited by hand, one layer from 4 to 8 bits: that layer changes alone, and the file is verified anew."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 import quantkit
+from quantkit.errors import InputError
 from tests.helpers import models
 
 PACKAGE = Path(quantkit.__file__).parent
@@ -94,10 +95,21 @@ def test_results_can_be_pickled(tmp_path: Path) -> None:
     result.save(tmp_path / "a.onnx")
     back.save(tmp_path / "b.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    lazy = quantkit.compress(models.matmul(), bits=(4,))  # weights that are made when they are read
+    pickle.loads(pickle.dumps(lazy)).save(tmp_path / "c.onnx")
+    lazy.save(tmp_path / "d.onnx")
+    assert (tmp_path / "c.onnx").read_bytes() == (tmp_path / "d.onnx").read_bytes()
     found = quantkit.sensitivity(models.cnn(), calibration=models.images(24), workers=1)
     assert pickle.loads(pickle.dumps(found)) == found
     difference = quantkit.diff_plans(result.plan, quantkit.Plan({}, {}, {}))
     assert pickle.loads(pickle.dumps(difference)) == difference and not difference.same
+
+
+def test_a_result_beyond_a_protobuf_is_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = quantkit.compress(models.matmul(), bits=(4,))
+    monkeypatch.setattr("quantkit.result.PICKLED_LIMIT", 1000)
+    with pytest.raises(InputError, match="of weights cannot be pickled: save it, and pass on its path"):
+        pickle.dumps(result)
 
 
 def test_sensitivity_is_a_function_whatever_was_imported_before() -> None:

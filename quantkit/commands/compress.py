@@ -16,8 +16,8 @@ from quantkit.commands import _common
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import Result
     from quantkit.report.types import Report
+    from quantkit.result import Result
 
 HELP = "compress a model within a budget"
 USAGE = "quantkit compress MODEL [-o OUT] [--calib SRC] [options]"

@@ -10,9 +10,10 @@ from quantkit.allocation import SLOWER, Outcome, plan_of
 from quantkit.allocators._table import Allocation
 from quantkit.candidate import Candidate, Context
 from quantkit.measuring import measure, relative_latency
-from quantkit.pipeline import Result, Run, finish
+from quantkit.pipeline import Run, finish
 from quantkit.report.types import Contender
 from quantkit.rescaling import Rescaled
+from quantkit.result import Result
 from quantkit.runtime.ort import make_session
 from quantkit.tuning.recipes import label, recipe_of
 from quantkit.tuning.trials import Trials

@@ -20,8 +20,9 @@ from quantkit.calibration.request import EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.methods import make
 from quantkit.options import make_options
-from quantkit.pipeline import Result, Run, check_arguments, prepare
+from quantkit.pipeline import Run, check_arguments, prepare
 from quantkit.report.progress import Progress, SilentProgress
+from quantkit.result import Result
 from quantkit.tuning.final import as_tried, best_trial, refitted, result_of
 from quantkit.tuning.history import FILE, Trial, open_history
 from quantkit.tuning.scoring import EXECUTORS

@@ -20,11 +20,11 @@ from quantkit.calibration.accumulators import Histogram
 from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.graph.targets import find_targets
-from quantkit.pipeline import Result
 from quantkit.report import build, kernels
 from quantkit.report.depth import error_along_depth
 from quantkit.report.kernels import layer_nodes, time_shares, with_fused
 from quantkit.report.ranges import BINS, activation_rows
+from quantkit.result import Result
 from quantkit.runtime.ort import make_session, optimized_nodes
 from quantkit.types import ActParams
 from tests.helpers import models
