@@ -213,7 +213,7 @@ def _sequenced(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Led
         return candidate, recipe
     inputs = {name: target.shape[1] for name, target in context.targets.items()}
     narrow = any(option.spec.average_bits(inputs[name]) < FINE for name, option in candidate.chosen.items())
-    if wanted == "auto" and not narrow:
+    if wanted == "auto" and (not narrow or context.large):  # as long again, for a large model
         return candidate, recipe
     other = _in_sequence(candidate, recipe, ledger)
     limit = budget.max_bytes(context.loaded.size)

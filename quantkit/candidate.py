@@ -325,7 +325,7 @@ def _sequential(context: Context, chosen: Mapping[str, Option]) -> tuple[dict[st
         {key: option.spec for key, option in chosen.items()},
         data,
         context.quantizer,
-        Settings(threads=options.threads, seed=options.seed, bias=True),
+        Settings(threads=options.threads, seed=options.seed, bias=True, lean=context.large),
         context.progress,
         effective=lambda target, weight: emitter(chosen[target.name].form).effective_weight(weight),
     )

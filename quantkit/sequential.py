@@ -50,6 +50,7 @@ class Settings:
         aim: False keeps W* = W, so that only what a layer sees changes.
         residual: also make up for the branch that the layer's output is added to.
         bias: give every layer that has room for it a bias that keeps the mean of its output.
+        lean: run on weights that stay in their file.
     """
 
     threads: int = 1
@@ -58,6 +59,7 @@ class Settings:
     aim: bool = True
     residual: bool = True
     bias: bool = False
+    lean: bool = False
 
     def __post_init__(self) -> None:
         if not self.trust > 0:
@@ -209,7 +211,8 @@ class _Walk:
         self._spools = []
         for number, model in enumerate(models):
             feeds = self._noted(data) if number == 0 else iter(data)
-            self._spools.append(Spool(model, folder / str(number), feeds, threads=settings.threads, until=until))
+            run = {"threads": settings.threads, "until": until, "lean": settings.lean}
+            self._spools.append(Spool(model, folder / str(number), feeds, **run))  # type: ignore[arg-type]
         if not self._masks:
             raise InputError(f"the calibration data holds no samples: {data.description}")
 
