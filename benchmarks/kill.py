@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Record, append_records, environment
 
-MARGIN = 1.5
+MARGIN = 1.2
 """Kills come within so many times the seconds of the run that was left alone: a busy machine slows the others."""
 SETTINGS = ("--avg-bits", "4", "--quantizer", "mse", "--allocator", "linearity", "--workers", "1", "--quiet")
 

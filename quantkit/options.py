@@ -27,7 +27,8 @@ class Options:
             in order; None = `awq` for the quantizer `awq`, else `none`.
         calibrator: how activation ranges are taken from histograms; `auto` measures all of them.
         inputs: what a layer is quantized on: `float` = its inputs in the float model, `quantized` = what the layers
-            before it, already quantized, really produce, `auto` = the latter below 8 bits where that measurably helps.
+            before it, already quantized, really produce, `auto` = the latter below 8 bits where that measurably
+            helps and the model is not large (more than 1 GiB of weights).
         augment: disturbed copies of every calibration text that `quantized` inputs are taken from too.
         group_size: inputs per scale; None = 32 up to 4 bits, 128 above, one per row for integer convolutions.
         target: the runtime to emit for, `ort-cpu` or `portable` (standard operators only).

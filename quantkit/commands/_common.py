@@ -283,15 +283,15 @@ def console_of(args: Namespace) -> ErrorConsole:
     return ErrorConsole(quiet=args.quiet)
 
 
-def progress_of(args: Namespace) -> Progress:
-    """Bars; lines with --verbose; nothing with --quiet."""
+def progress_of(args: Namespace, console: ErrorConsole | None = None) -> Progress:
+    """Bars, on the console given or one of their own; lines with --verbose; nothing with --quiet."""
     from quantkit.report.progress import ConsoleProgress, SilentProgress
 
     if args.verbose or args.debug:
         from quantkit.commands._messages import LoggingProgress
 
         return LoggingProgress()
-    return SilentProgress() if args.quiet else ConsoleProgress(console_of(args))
+    return SilentProgress() if args.quiet else ConsoleProgress(console or console_of(args))
 
 
 def print_json(data: Any) -> None:

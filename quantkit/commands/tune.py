@@ -88,7 +88,6 @@ def run(args: Namespace) -> int:
     options = {"holdout": HOLDOUT, **method_options(args)}
     calibration, evaluation = _common.calibration_of(args), evaluation_of(args)
 
-    from quantkit.report.progress import ConsoleProgress, SilentProgress
     from quantkit.tuning.tune import TuneSettings, tune
 
     _common.keep_external(outputs, model)
@@ -105,7 +104,7 @@ def run(args: Namespace) -> int:
                 evaluation=evaluation,
                 search_settings=settings,
                 watch=watch,
-                progress=SilentProgress() if args.quiet else ConsoleProgress(console),  # above the same table
+                progress=_common.progress_of(args, console),  # above the same table
                 **options,
             )
     except KeyboardInterrupt as stop:
