@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quantkit.errors import InputError
 from quantkit.runtime.probe import Probe
+from quantkit.types import LayerStats
 
 
 @dataclass(frozen=True)
@@ -21,3 +24,23 @@ class Network:
     calibration: Probe
     held_out: Probe
     macs: int
+
+
+def network_of(network: Network | None, stats: Mapping[str, LayerStats], who: str) -> Network:
+    """The network, which is there.
+
+    Args:
+        stats: what calibration saw; empty = there was none.
+        who: asks for it, for the message.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if network is not None:
+        return network
+    if stats:
+        raise InputError(
+            f"{who} runs the float model again and again, which is not done with more than 1 GiB of weights; "
+            "allocate with salience, slim or uniform"
+        )
+    raise InputError(f"{who} needs calibration data: give --calib")

@@ -234,6 +234,8 @@ class Run:
 
 def _best(run: Run, budget: Budget) -> tuple[Rescaled, Context, Outcome]:
     """Allocate; with `--transform auto` once for each transform, and keep one that measurably helps."""
+    if budget.max_latency is not None and is_large(run.original.targets.values()):
+        raise InputError("a model with more than 1 GiB of weights is not timed: leave --max-latency out")
     bits = search_bits(budget, run.options, run.original.loaded.size)
     first, *others = choices(run.options, has_data=run.data.held_out is not None)
     changed = run.rescaled(first, bits)

@@ -17,6 +17,7 @@ from quantkit.budget import Budget
 from quantkit.candidate import Recipe
 from quantkit.errors import InputError
 from quantkit.methods import find, make
+from quantkit.network import network_of
 from quantkit.options import make_options
 from quantkit.pipeline import prepare
 from quantkit.problem import Ledger, make_problem
@@ -123,8 +124,7 @@ def sensitivity(
     wanted = frozenset[str]().union(*(method.stats for method in made.values()))
     run = prepare(model, calibration, None, options, wanted, progress or SilentProgress())
     context = run.context(run.original)
-    if context.network is None:
-        raise InputError("sensitivity needs calibration data: give --calib")
+    network = network_of(context.network, context.stats, "sensitivity")
     problem = make_problem(Ledger(context), Budget(), Recipe("minmax"), 0)
     units = units_of(problem)
     scores = {name: scored(problem, units, name, cast(Estimator, method)) for name, method in made.items()}
@@ -135,7 +135,7 @@ def sensitivity(
         verdicts = {name: judge(units, found.raw, choices, truth) for name, found in scores.items()}
     tables = {name: losses(units, found.raw) for name, found in scores.items()}
     rows = tuple(_row(problem.targets, unit, index, tables) for index, unit in enumerate(units))
-    samples = sum(len(next(iter(feed.values()))) for feed in context.network.calibration.feeds)
+    samples = sum(len(next(iter(feed.values()))) for feed in network.calibration.feeds)
     summary = tuple(_summary(name, found, verdicts.get(name)) for name, found in scores.items())
     return Sensitivity(run.name, samples, rows, summary)
 

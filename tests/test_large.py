@@ -16,6 +16,7 @@ import pytest
 import quantkit
 from benchmarks.transformer import Shape, shape_of, write
 from quantkit import large
+from quantkit.errors import InputError
 from quantkit.graph.load import load_model
 from quantkit.graph.targets import find_targets
 from quantkit.runtime.ort import DeferredSession, make_session
@@ -190,6 +191,7 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 from quantkit import large
+from quantkit.errors import InputError
 large.LARGE = 1 << 20
 import quantkit.graph.emit, quantkit.runtime.ort
 quantkit.graph.emit.PROTOBUF_LIMIT = quantkit.runtime.ort.PROTOBUF_LIMIT = 1 << 20
@@ -224,3 +226,20 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         peaks.append(float(done.stdout))
     assert peaks[1] - peaks[0] < 30
+
+
+def test_what_runs_the_model_again_and_again_is_refused(model: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"calibration": ids(8), "quantizer": "rtn", "cache": tmp_path}
+    four = quantkit.Budget(avg_bits=4)
+    for name in ("measured", "linearity", "interlayer", "hawq"):
+        with pytest.raises(InputError, match=f"the allocator {name} runs the float model again and again"):
+            quantkit.compress(model, allocator=name, budget=four, **settings)
+    with pytest.raises(InputError, match="sensitivity runs the float model again and again"):
+        quantkit.sensitivity(model, **settings)
+    with pytest.raises(InputError, match="more than 1 GiB of weights is not timed: leave --max-latency out"):
+        quantkit.compress(model, budget=quantkit.Budget(max_latency=0.5), **settings)
+    result = quantkit.compress(model, budget=four, **settings)
+    assert any("one width everywhere" in note for note in result.report.notes)
+    mixed = quantkit.compress(model, budget=four, allocator="salience", **settings)
+    assert {row.estimator for row in mixed.report.sensitivities} <= {"salience"}
+    assert any(row.name.startswith("salience") for row in mixed.report.contenders)

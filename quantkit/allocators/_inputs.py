@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.allocators._table import Unit, weights_of
 from quantkit.errors import InputError
 from quantkit.methods import missing_extra
+from quantkit.network import network_of
 from quantkit.runtime.probe import Probe
 from quantkit.types import AllocationProblem, FloatArray
 from quantkit.userfunction import import_function
@@ -62,11 +63,9 @@ def samples(problem: AllocationProblem, name: str) -> Probe:
     """Where the allocator of this name tries changed weights.
 
     Raises:
-        InputError: there is no calibration data.
+        InputError: there is no calibration data, or the model is too large.
     """
-    if problem.network is None:
-        raise InputError(f"the allocator {name} needs calibration data: give --calib")
-    return problem.network.calibration
+    return network_of(problem.network, problem.stats, f"the allocator {name}").calibration
 
 
 def entries(problem: AllocationProblem, units: Sequence[Unit]) -> Iterator[Entry]:

@@ -45,6 +45,7 @@ from quantkit.types import AllocationProblem, Allocator, Measurement, QuantSpec
 
 EDGE_BITS = 8
 UNIFORM = "uniform"
+LARGE = "a large model: one width everywhere; --allocator salience gives layers widths by their Gram matrices"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Auto:
     def allocate(self, problem: AllocationProblem) -> Allocation:
         units = units_of(problem)
         if problem.network is None or not units or _nothing_to_choose(problem, units):
-            return Allocation(Uniform().allocate(problem), units)
+            told = (LARGE,) if problem.network is None and problem.stats else ()
+            return Allocation(Uniform().allocate(problem), units, notes=told)
         asked = self._estimators(problem, units)
         scores = {name: scored(problem, units, name, estimator) for name, estimator in asked.items()}
         verdicts = self._verdicts(problem, units, scores)

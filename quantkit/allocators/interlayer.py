@@ -43,6 +43,7 @@ from quantkit.allocators._table import (
 )
 from quantkit.allocators.measured import Measured
 from quantkit.errors import InputError
+from quantkit.network import network_of
 from quantkit.types import AllocationProblem, Allocator, Array, FloatArray, QuantSpec
 
 Terms = Mapping[tuple[int, int], Array]
@@ -135,8 +136,7 @@ class Interlayer:
         return Allocation(joined(units, choice), units, scores, cost_of(table, terms, choice), points, tuple(notes))
 
     def _alone(self, problem: AllocationProblem, units: Sequence[Unit]) -> Scores:
-        if problem.network is None:
-            raise InputError("the allocator interlayer needs calibration data: give --calib")
+        network_of(problem.network, problem.stats, "the allocator interlayer")
         return scored(problem, units, "measured", Measured())
 
     def _figures(self, problem: AllocationProblem, units: Sequence[Unit]) -> tuple[list[list[float]], Terms, str]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from quantkit.allocators._table import Allocation, Scores, Unit, allocate_by, weights_of
 from quantkit.errors import InputError
+from quantkit.network import network_of
 from quantkit.types import AllocationProblem, Allocator, FloatArray
 
 LINEAR = 0.9
@@ -48,10 +49,9 @@ class Linearity:
             raise InputError(f"linearity.thetas must be numbers above 0, at least one, got {list(self.thetas)}")
 
     def scores(self, problem: AllocationProblem, units: Sequence[Unit]) -> Scores:
-        if problem.network is None:
-            raise InputError("the allocator linearity needs calibration data: give --calib")
+        network = network_of(problem.network, problem.stats, "the allocator linearity")
         trials = {unit.members: partial(self._trials, problem, unit) for unit in units}
-        found = problem.network.calibration.losses(trials, problem.progress)
+        found = network.calibration.losses(trials, problem.progress)
         raw: dict[str, tuple[float, ...]] = {}
         curved = []
         for unit, losses in zip(units, found, strict=True):

@@ -12,7 +12,7 @@ from functools import partial
 from typing import ClassVar
 
 from quantkit.allocators._table import Allocation, Scores, Unit, allocate_by, weights_of
-from quantkit.errors import InputError
+from quantkit.network import network_of
 from quantkit.types import AllocationProblem, Allocator, FloatArray
 
 
@@ -23,10 +23,9 @@ class Measured:
     stats: ClassVar[frozenset[str]] = frozenset()
 
     def scores(self, problem: AllocationProblem, units: Sequence[Unit]) -> Scores:
-        if problem.network is None:
-            raise InputError("the allocator measured needs calibration data: give --calib")
+        network = network_of(problem.network, problem.stats, "the allocator measured")
         trials = {unit.members: partial(_trials, problem, unit) for unit in units}
-        found = problem.network.calibration.losses(trials, problem.progress)
+        found = network.calibration.losses(trials, problem.progress)
         return Scores(
             {unit.name: tuple(row) for unit, row in zip(units, found, strict=True)}, "nats per sample", nats=True
         )
