@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -102,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="on the disk that is to be written to")
     parser.add_argument("--quantizer", default="rtn")
     parser.add_argument("--set", action="append", default=[], help="METHOD.SETTING=VALUE of ours")
+    parser.add_argument("--most", default="18GB", help="address space of a peer: what it may take of this machine")
     parser.add_argument("--nncf", help="an interpreter that has NNCF installed")
     parser.add_argument("--only", action="append", help="contestants whose name contains this")
     parser.add_argument("--out", type=Path, help="file to append results to")
@@ -140,7 +144,8 @@ def measure(
         file.unlink()
     rate = disk_rate(args.folder)
     model, calibration, settings = given
-    used = watch([interpreter, "-c", code, json.dumps([model, str(output), calibration, settings])])
+    most = None if code is OURS else parse_bytes(args.most, "--most")
+    used = watch([interpreter, "-c", code, json.dumps([model, str(output), calibration, settings])], most)
     return used, rate, file_size(output) if output.exists() and not used.error else None
 
 
@@ -158,20 +163,27 @@ def disk_rate(folder: Path) -> float:
     return PROBE / seconds
 
 
-def watch(command: Sequence[str]) -> Use:
-    """Run a command and look at the memory of its processes."""
+def watch(command: Sequence[str], most: int | None = None) -> Use:
+    """Run a command and look at the memory of its processes.
+
+    Args:
+        most: bytes of address space that it may take; None = as much as it wants.
+    """
     start, own, mapped = time.perf_counter(), 0, 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    limit = None if most is None else partial(resource.setrlimit, resource.RLIMIT_AS, (most, most))
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as complaint:  # a pipe would fill, and nobody reads it
+        process = subprocess.Popen(command, stdout=out, stderr=complaint, preexec_fn=limit)
         while process.poll() is None:
             rows = [_memory(pid) for pid in _tree(process.pid)]
             own, mapped = max(own, sum(row[0] for row in rows)), max(mapped, sum(row[1] for row in rows))
             time.sleep(INTERVAL)
-        out, complaint = process.communicate()
-    lines = [line for line in complaint.splitlines() if line.strip()]
+        seconds = time.perf_counter() - start
+        texts = [(file.seek(0), file.read())[1] for file in (out, complaint)]
+    lines = [line for line in texts[1].splitlines() if line.strip()]
     failed = process.returncode != 0
     error = (lines[-1] if lines else f"exit code {process.returncode}") if failed else ""
-    told = {} if failed else json.loads(out.splitlines()[-1])
-    return Use(time.perf_counter() - start, own * 1024 / 1e6, mapped * 1024 / 1e6, told, error)
+    told = {} if failed else json.loads(texts[0].splitlines()[-1])
+    return Use(seconds, own * 1024 / 1e6, mapped * 1024 / 1e6, told, error)
 
 
 def _tree(pid: int) -> list[int]:
