@@ -23,6 +23,7 @@ from quantkit.divergence import Divergence
 from quantkit.evaluation import Evaluation
 from quantkit.feeds import samples_of, shapes_in, typical_feed
 from quantkit.forms import Chooser, Option, choose_forms, operations_limits, static_layers
+from quantkit.graph._checks import measure as graph_digest
 from quantkit.graph.bias import bias_shift, correctable
 from quantkit.graph.emit import Assignment, Emission, Emitted, emit, emitter, in_memory
 from quantkit.graph.load import LoadedModel
@@ -33,7 +34,7 @@ from quantkit.options import Options
 from quantkit.parallel import Task, quantize_all, quantize_one
 from quantkit.provenance import provenance_bytes
 from quantkit.report.progress import Progress, SilentProgress
-from quantkit.runtime.ort import Session, time_sessions, undisturbed_clock
+from quantkit.runtime.ort import PROTOBUF_LIMIT, Session, inline_bytes, time_sessions, undisturbed_clock
 from quantkit.runtime.probe import Probe
 from quantkit.sequential import Settings, quantize_sequentially
 from quantkit.types import (
@@ -344,14 +345,8 @@ def bias_shifts(context: Context, layers: Mapping[str, Assignment]) -> dict[str,
 
 
 def _digest(model: ir.Model) -> tuple[str, int]:
-    """(sha256, bytes) of the serialised graph; weights of huge models are counted and hashed one by one."""
-    from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
-
-    if inline_bytes(model) <= PROTOBUF_LIMIT:
-        content = ir.to_proto(in_memory(model)).SerializeToString(deterministic=True)
-        return hashlib.sha256(content).hexdigest(), len(content)
-    digest = hashlib.sha256()
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            digest.update(value.const_value.tobytes())
-    return digest.hexdigest(), inline_bytes(model)
+    """(sha256, bytes) of the serialised graph; weights that lie beside the file are hashed one by one."""
+    if inline_bytes(model) > PROTOBUF_LIMIT:
+        return graph_digest(model)[1], inline_bytes(model)
+    content = ir.to_proto(in_memory(model)).SerializeToString(deterministic=True)
+    return hashlib.sha256(content).hexdigest(), len(content)

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quantkit import candidate
 from quantkit.budget import Budget
 from quantkit.candidate import Context, Recipe, build
 from quantkit.errors import InputError
+from quantkit.graph.load import load_model
 from quantkit.options import make_options
 from quantkit.pipeline import apply, compress, prepare
 from quantkit.plan import plan_from_json, plan_to_json
@@ -90,3 +92,14 @@ def test_a_plan_remembers_its_scheme_and_hold_out() -> None:
     message = "plan: settings: scheme must be one of asymmetric, symmetric, unsigned, power, got 'odd'"
     with pytest.raises(InputError, match=message):
         apply(pooled(), wrong, calibration=models.images(40))
+
+
+def test_content_is_the_structure_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit of one file as well: the same weights behind another operator are another model."""
+    monkeypatch.setattr("quantkit.candidate.PROTOBUF_LIMIT", 100)
+    weight = models.random(64, 64)
+    texts = (models.MATMUL, models.MATMUL.replace("y = MatMul(x, w)", "z = Relu(x) y = MatMul(z, w)"))
+    loaded = [load_model(models.build(text, {"w": weight})).model for text in texts]
+    first, other = (candidate._digest(model) for model in loaded)
+    assert first[0] != other[0] and first[1] == other[1] == weight.nbytes
+    assert candidate._digest(loaded[0]) == first
