@@ -321,7 +321,7 @@ def finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Resu
     files = make_scratch(context.options.cache) if context.large else None
     with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
         written = (Path(folder) if files is None else files.folder) / "model.onnx"
-        save(model, written)
+        save(model, written, durable=False)
         session = make_session(written, threads=threads, lean=context.large)
         few = _check_feed(context, run.reference)
         if few is not None:

@@ -7,8 +7,6 @@ else, so that comparing them finds every mistake of packing, unpacking and kerne
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -183,14 +181,15 @@ def serialized_size(model: ir.Model) -> int:
     return int(ir.to_proto(in_memory(model)).ByteSize())
 
 
-def save(model: ir.Model, path: Path, own: Path | None = None) -> None:
+def save(model: ir.Model, path: Path, own: Path | None = None, *, durable: bool = True) -> None:
     """Write the model so that `path` is always a whole file: hidden folder beside it, fsync, rename.
 
     Weights beyond the protobuf limit go to `path.data`, streamed; smaller models are one file, also when the original
     keeps its weights in another.
 
     Args:
-        own: a folder of ours: a data file in it that holds all the weights may become the new one.
+        own: a folder of ours: a data file in it that holds all the weights is copied as it is.
+        durable: wait until the files are on the disk.
 
     Raises:
         InputError: the path is a folder or a device.
@@ -201,7 +200,7 @@ def save(model: ir.Model, path: Path, own: Path | None = None) -> None:
     try:
         with scratch_folder(path) as folder:
             if own is not None and (data := _data_file(model, own)) is not None:
-                _adopt(data, folder / data_name)
+                shutil.copyfile(data, folder / data_name)  # not linked: onnx refuses files with two names
                 ir.save(_moved(model, folder, data_name), folder / path.name)
             elif inline_bytes(model) > PROTOBUF_LIMIT:
                 ir.save(model.clone(), folder / path.name, external_data=data_name, alignment=PAGE)
@@ -209,13 +208,14 @@ def save(model: ir.Model, path: Path, own: Path | None = None) -> None:
                 content = ir.to_proto(in_memory(model)).SerializeToString(deterministic=True)
                 (folder / path.name).write_bytes(content)
             written = [folder / name for name in (data_name, path.name) if (folder / name).exists()]
-            for file in written:
+            for file in written if durable else ():
                 sync(file)
             if len(written) > 1:  # an older model under this name would now read the new weights
                 path.unlink(missing_ok=True)
             for file in written:  # the model last: with it the file is complete
                 file.replace(path.with_name(file.name))
-            sync(path.parent)
+            if durable:
+                sync(path.parent)
     except OSError as error:
         if error.filename is None:  # a full disk does not say where
             error.filename = str(path)
@@ -234,16 +234,6 @@ def _data_file(model: ir.Model, folder: Path) -> Path | None:
 def _external(model: ir.Model) -> list[ir.ExternalTensor]:
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     return [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
-
-
-def _adopt(file: Path, new: Path) -> None:
-    """The file under a second name, which takes no time; a copy where that cannot be, or where it has one already."""
-    try:
-        if file.stat().st_nlink > 1:
-            raise OSError(errno.EMLINK, "it has a second name already")
-        os.link(file, new)
-    except OSError:
-        shutil.copyfile(file, new)
 
 
 def _moved(model: ir.Model, folder: Path, name: str) -> ir.Model:
