@@ -44,10 +44,10 @@ from quantkit import pipeline
 seconds = 0.0
 
 def timed(save):
-    def run(*args):
+    def run(*args, **options):
         global seconds
         start = time.perf_counter()
-        save(*args)
+        save(*args, **options)
         seconds += time.perf_counter() - start
     return run
 

@@ -30,7 +30,7 @@ LARGEST_STEP = 1.6
 SLOWER = 1.05
 SPARE = 500  # part of the size that is left where the biases of other bits may take more
 LEFT_FLOAT = "chosen to stay float"
-NEAR = 1  # bits: widths of which a layer's reason tells the losses
+NEAR = 1  # widths on either side whose losses a layer's reason tells
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,11 @@ def plan_of(context: Context, candidate: Candidate, recipe: Recipe, rows: Sequen
 
 def _losses(row: SensitivityRow) -> str:
     """What the widths around the one chosen would lose."""
-    near = [bits for bits in row.losses if row.bits is None or abs(bits - row.bits) <= NEAR]
+    widths = sorted(row.losses)
+    near = widths
+    if row.bits is not None and row.bits in widths:
+        place = widths.index(row.bits)
+        near = widths[max(place - NEAR, 0) : place + NEAR + 1]
     kept = {row.bits: " (chosen)"} if row.bits is not None else {}
     figures = ", ".join(f"{row.losses[bits]:.2g} at {bits}{kept.get(bits, '')}" for bits in sorted(near))
     return f"; would lose {figures} bits, by {row.estimator}" if figures else ""

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.files import LOCK, hold_lock, remove_abandoned
+from quantkit.files import LOCK, hold_lock, remove_abandoned, umask
 from quantkit.types import Array
 
 MAGIC = b"quantkit entry 1\n"
@@ -106,9 +106,9 @@ class Store:
         path = self._path(self.folder, key)
         try:
             return _read(path)
-        except FileNotFoundError:
+        except OSError:  # absent, or not for us to read: that is no damage
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             with suppress(OSError):
                 path.unlink()
             return None
@@ -232,6 +232,7 @@ def _write(path: Path, entry: Entry) -> None:
                     _put(file, digest, flat[start : start + CHUNK])
                 _put(file, digest, bytes(-flat.size % ALIGNMENT))
             file.write(digest.digest())
+        Path(name).chmod(0o666 & ~umask())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from quantkit.candidate import Candidate, Context, HeldOut
 from quantkit.costs.latency import open_cache
 from quantkit.errors import InputError
 from quantkit.evaluation import label_input, make_evaluation, needs_labels
-from quantkit.graph.emit import save, simulate
+from quantkit.graph.emit import save, simulate, without_notes
 from quantkit.graph.load import LoadedModel, load_model
 from quantkit.graph.regions import find_regions, moved
 from quantkit.graph.targets import Untouched, find_targets
@@ -333,7 +333,7 @@ def finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Resu
         parity = check_parity(outputs, run_all(simulated, context.held_out.feeds), context.held_out.outputs)
     measured = replace(_measured(context, candidate, session, outputs, parity, few is not None), feed=few)
     report = build_report(context, budget, outcome, measured, run.untouched, run.name, origin)
-    return Result(model if files is None else ir.load(written), plan, report, outcome.allocation, files)
+    return Result(model if files is None else without_notes(ir.load(written)), plan, report, outcome.allocation, files)
 
 
 def _check_feed(context: Context, reference: Session) -> Feed | None:

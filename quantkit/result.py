@@ -12,7 +12,7 @@ import onnx_ir as ir
 from quantkit.allocators._table import Allocation
 from quantkit.cache import Scratch
 from quantkit.errors import InputError
-from quantkit.graph.emit import in_memory, save
+from quantkit.graph.emit import in_memory, save, without_notes
 from quantkit.report.types import Report
 from quantkit.runtime.ort import inline_bytes
 from quantkit.types import Plan
@@ -59,9 +59,6 @@ class Result:
         return {**vars(self), "model": content, "files": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model = ir.from_proto(onnx.ModelProto.FromString(state["model"]))
-        for graph in model.graphs():
-            for value in graph.initializers.values():
-                value.type = value.shape = None  # else they are written into the file as well
+        model = without_notes(ir.from_proto(onnx.ModelProto.FromString(state["model"])))
         for name, content in {**state, "model": model}.items():
             object.__setattr__(self, name, content)

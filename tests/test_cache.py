@@ -14,6 +14,7 @@ import pytest
 
 from quantkit import cache
 from quantkit.cache import Entry, Scratch, Store, content_key
+from quantkit.files import umask
 from quantkit.kept import Kept, kept
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.quantizers.mse import MSE
@@ -95,6 +96,21 @@ def test_another_kind_of_file_with_a_right_checksum_is_no_entry(tmp_path: Path) 
         path.write_bytes(content + hashlib.sha256(content).digest())
         assert store.get(KEY) is None
         store.put(KEY, Entry())
+
+
+def test_what_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.put(KEY, Entry(ARRAYS, FACTS))
+    (path,) = files(tmp_path)
+    assert path.stat().st_mode & 0o444 == 0o444 & ~umask()  # whoever shares the folder may read it
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_check", refused)
+        assert store.get(KEY) is None
+    assert store.get(KEY) is not None
 
 
 def test_a_full_disk_costs_only_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ def check_writable(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
 
     Args:
         outputs: option -> file that will be written (None = not asked for).
-        inputs: what it is -> file that must survive.
+        inputs: what it is -> file that must survive, or folder whose files must.
     """
     taken: dict[Path, str] = {}
     for option, path in outputs.items():
@@ -245,7 +245,8 @@ def check_writable(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
         except OSError as error:
             raise InputError(f"{option} {path}: cannot write there: {error.strerror}; choose another folder") from error
         for what, source in inputs.items():
-            if path.resolve() == source.resolve() or (path.exists() and path.samefile(source)):
+            inside = path.exists() and source.is_dir() and source.resolve() in path.resolve().parents
+            if inside or path.resolve() == source.resolve() or (path.exists() and path.samefile(source)):
                 raise InputError(f"{option} {path} would overwrite the {what}; give another name")
         other = taken.setdefault(path.resolve(), option)
         if other != option:
@@ -260,6 +261,19 @@ def plot_path(text: str | None) -> Path | None:
     if path.suffix not in (".png", ".svg"):
         raise InputError(f"--plot must end in .png or .svg, got {path}")
     return path
+
+
+def data_sources(args: Namespace) -> dict[str, Path]:
+    """What it is -> file or folder, of everything that is read beside the model: nothing may be written over it."""
+    found: dict[str, Path] = {}
+    for name in ("calib", "eval", "tokenizer", "preprocess"):
+        text = getattr(args, name, None)
+        for part in [] if text is None else [text, *text.split(",")]:
+            whole = part.partition("=")[2] or part
+            for guess in (whole, whole.rpartition("@")[0], whole.rpartition(":")[0]):
+                if guess and Path(guess).exists():
+                    found.setdefault(f"data of --{name}: {guess}", Path(guess))
+    return found
 
 
 def output_folder(option: str, text: str) -> Path:

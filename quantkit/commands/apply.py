@@ -26,7 +26,7 @@ def add(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     model, plan_file = _common.existing_file(args.model), _common.existing_file(args.plan)
     outputs = output_files(args, model)
-    _common.check_writable(outputs, {"input model": model, "plan": plan_file})
+    _common.check_writable(outputs, {"input model": model, "plan": plan_file, **_common.data_sources(args)})
     options = {"settings": parse_settings(args.set or ()), **_common.run_options(args)}
     calibration = _common.calibration_of(args)
 

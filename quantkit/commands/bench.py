@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
         raise InputError(f"--seconds must be above 0 and at most 3600, got {args.seconds:g}")
     _common.check_run(args)
     plot = _common.plot_path(args.plot)
-    _common.check_writable({"--plot": plot}, {f"model {path}": path for path in models})
+    _common.check_writable({"--plot": plot}, {f"model {path}": path for path in models} | _common.data_sources(args))
     calibration = _common.calibration_of(args)
     if calibration is not None and shapes:
         raise InputError("--shape and --calib both say what the inputs look like; give one of them")

@@ -61,7 +61,7 @@ def run(args: Namespace) -> int:
     keep = {"input model": model}
     if args.plan:
         keep["plan"] = _common.existing_file(args.plan)
-    _common.check_writable(outputs, keep)
+    _common.check_writable(outputs, keep | _common.data_sources(args))
     budget = budget_of(args)
     front = None if args.pareto is None else _common.output_folder("--pareto", args.pareto)
     check_methods(args)

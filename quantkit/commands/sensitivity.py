@@ -54,7 +54,7 @@ def add(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     path = _common.existing_file(args.model)
     plot = _common.plot_path(args.plot)
-    _common.check_writable({"--plot": plot}, {"input model": path})
+    _common.check_writable({"--plot": plot}, {"input model": path, **_common.data_sources(args)})
     widths = parse_bits(args.bits) or (2, 3, 4, 8)
     at = args.at if args.at is not None else next((bits for bits in widths if bits > 2), widths[0])
     if at not in widths:

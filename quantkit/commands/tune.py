@@ -79,7 +79,7 @@ def add(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     model = _common.existing_file(args.model)
     outputs = output_files(args, model)
-    _common.check_writable(outputs, {"input model": model})
+    _common.check_writable(outputs, {"input model": model, **_common.data_sources(args)})
     budget = budget_of(args)
     check_methods(args)
     if args.calib is None and not args.random_calibration:

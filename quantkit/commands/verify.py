@@ -46,7 +46,10 @@ def run(args: Namespace) -> int:
     table.add_row("samples", str(found.samples))
     table.add_row("size", f"{short_bytes(found.reference_size)} > {short_bytes(found.size)}")
     for timing in found.timings:
-        table.add_row("speed", f"{timing.speedup:.2f}x ({timing.float_ms:.3f} > {timing.quantized_ms:.3f} ms)")
+        shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in timing.shapes.items())
+        table.add_row(
+            f"speed at {shapes}", f"{timing.speedup:.2f}x ({timing.float_ms:.3f} > {timing.quantized_ms:.3f} ms)"
+        )
     _common.console_of(args).print(table)
     if args.json:
         times = [{**asdict(timing), "speedup": timing.speedup} for timing in found.timings]

@@ -24,6 +24,7 @@ from quantkit.methods import make
 from quantkit.runtime.ort import PROTOBUF_LIMIT, inline_bytes
 from quantkit.types import ActParams, Emitter, FloatArray, QuantizedWeight, Target
 
+UNNAMED = frozenset({"", "None"})
 PAGE = 4096
 """Large tensors begin at a multiple of this in an external data file, so that every system can map them."""
 
@@ -109,19 +110,21 @@ def emit(model: ir.Model, emission: Emission, spill: Spill | None = None) -> Emi
         carriers = {str(use.node.name) for use in target.uses} | {str(use.node.outputs[0].name) for use in target.uses}
         builder.start_trace()
         emitter(assignment.form).emit(builder, target, assignment.weight)
-        names[name] = frozenset(carriers | builder.trace())
+        names[name] = frozenset((carriers | builder.trace()) - UNNAMED)
     for name, target in targets.items():
         if name not in emission.layers:
-            names[name] = frozenset({str(use.node.name) for use in target.uses} | {str(target.weight.name)})
+            names[name] = frozenset({str(use.node.name) for use in target.uses} | {str(target.weight.name)}) - UNNAMED
     return Emitted(_finish(copy, model), names, edges)
 
 
 def _edges(model: ir.Model, target: Target) -> tuple[Edge, ...]:
-    return tuple(
-        Edge(str(use.data.name), use.data.dtype or ir.DataType.FLOAT, str(use.node.outputs[0].name))
-        for use in target.uses
-        if use.node.graph is model.graph
-    )
+    """Of an LSTM that gives its last state only, the first output has no name."""
+    edges = []
+    for use in target.uses:
+        made = next((str(value.name) for value in use.node.outputs if value.name), None)
+        if made is not None and use.node.graph is model.graph:
+            edges.append(Edge(str(use.data.name), use.data.dtype or ir.DataType.FLOAT, made))
+    return tuple(edges)
 
 
 def simulate(model: ir.Model, emission: Emission, spill: Spill | None = None) -> ir.Model:
@@ -246,6 +249,15 @@ def _moved(model: ir.Model, folder: Path, name: str) -> ir.Model:
                 place = (name, old.offset, old.length, old.dtype)
                 value.const_value = ir.ExternalTensor(*place, shape=old.shape, name=old.name, base_dir=folder)
     return copy
+
+
+def without_notes(model: ir.Model) -> ir.Model:
+    """The model itself, its initializers without what reading a file has noted on them and saving would write again."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if not value.is_graph_input() and not value.is_graph_output():
+                value.shape, value.type = None, None
+    return model
 
 
 def in_memory(model: ir.Model) -> ir.Model:

@@ -152,7 +152,8 @@ def _accuracy(context: Context, measured: Measured) -> Accuracy | None:
     evaluation = context.evaluation
     if evaluation is None or measured.drop is None:
         return None
-    return Accuracy(evaluation.name, evaluation.float_score, evaluation.float_score - measured.drop)
+    score = evaluation.float_score
+    return Accuracy(evaluation.name, score, score - measured.drop, evaluation.data.samples)
 
 
 def python_call(name: str, context: Context, budget: Budget, *, planned: bool) -> str:

@@ -160,6 +160,10 @@ def _totals_table(report: Report) -> Table:
             f"{fidelity.sqnr:.1f} dB, cosine {fidelity.cosine:.5f}{agreement} on {fidelity.samples} samples",
         )
         table.add_row("parity", f"{fidelity.parity:.1f} dB against the planner's simulation")
+    known = report.accuracy
+    if known is not None:
+        scores = f"{known.before:.4g} > {known.after:.4g}"
+        table.add_row("accuracy", Text(f"{known.metric} {scores} on {known.samples} samples of --eval"))
     table.add_row("target", report.target)
     return table
 

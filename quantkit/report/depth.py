@@ -33,7 +33,7 @@ def error_along_depth(
     owners = {str(use.node.outputs[0].name): name for name, target in targets.items() for use in target.uses}
     for node in reference.graph:
         value = node.outputs[0]
-        if str(value.name) in owners and (seen := _seen(value, made)) is not None:
+        if value.name and str(value.name) in owners and (seen := _seen(value, made)) is not None:
             places.setdefault(str(seen.name), owners[str(value.name)])
     ends = [str(value.name) for value in reference.graph.outputs]
     grids = {name: grid for name in places if (grid := _grid(made[name])) is not None}

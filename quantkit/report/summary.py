@@ -69,7 +69,8 @@ def sentence(report: Report) -> str:
         parts = [f"{name} grew from {short_bytes(report.size_before)} to {short_bytes(report.size_after)}."]
     found, accuracy = report.fidelity, report.accuracy
     if accuracy is not None:
-        parts.append(f"Its {accuracy.metric} went from {_score(accuracy.before)} to {_score(accuracy.after)}.")
+        scores = f"{_score(accuracy.before)} to {_score(accuracy.after)}"
+        parts.append(f"Its {accuracy.metric} went from {scores} on {accuracy.samples} evaluation samples.")
     if found is not None and found.top1_agreement is not None:
         parts.append(
             f"On {_count(found.samples, 'sample')} that it had not seen, it answers like the float model in "

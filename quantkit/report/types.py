@@ -74,11 +74,16 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The user's metric on the user's evaluation data; higher is better."""
+    """The user's metric on the user's evaluation data; higher is better.
+
+    Attributes:
+        samples: how many there are.
+    """
 
     metric: str
     before: float
     after: float
+    samples: int
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def example(count: int = 12, **changes: Any) -> Report:
         predicted=0.02,
         front=tuple(FrontRow(100_000 + 20_000 * step, 2.0 + step, 2.0**-step) for step in range(6)),
         budget={"avg_bits": 4.25},
-        accuracy=Accuracy("top1", 0.7311, 0.7295),
+        accuracy=Accuracy("top1", 0.7311, 0.7295, 800),
         depth=(
             *(DepthRow(f"{name}:0", name, 30.0 - index % 20, False) for index, name in enumerate(names)),
             DepthRow("logits", None, 18.0, True),
@@ -124,7 +124,7 @@ def hostile() -> Report:
         provenance={HOSTILE: HOSTILE},
         scales=(ScaleRow(HOSTILE, HOSTILE, (HOSTILE,), None, HOSTILE),),
         sensitivities=tuple(SensitivityRow((row.name,), {4: 0.1}, 4, HOSTILE) for row in layers),
-        accuracy=Accuracy(HOSTILE, 0.5, 0.4),
+        accuracy=Accuracy(HOSTILE, 0.5, 0.4, 10),
         depth=tuple(DepthRow(HOSTILE, row.name, 20.0, False) for row in layers),
         activations=tuple(activation(HOSTILE, row.name) for row in layers),
         command=f"quantkit compress '{HOSTILE}'",

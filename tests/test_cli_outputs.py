@@ -1,0 +1,117 @@
+"""What a command writes never costs what it reads, and what went wrong is said of the right file."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import quantkit
+from quantkit import cli, files
+from quantkit.allocation import _losses
+from quantkit.report.types import SensitivityRow
+from tests.helpers import models
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, data with labels, and a folder of tensors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models.quick(monkeypatch)
+    onnx.save(models.cnn(), "m.onnx")
+    np.savez("d.npz", **models.images(20))
+    np.savez("e.npz", **models.images(20), labels=np.zeros(20, np.int64))
+    Path("folder").mkdir()
+    Path("folder/picture.png").write_bytes(b"kept")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output"),
+    [
+        (("--calib", "d.npz"), ("-o", "d.npz")),
+        (("--calib", "d.npz@::2"), ("--save-plan", "d.npz")),
+        (("--calib", "d.npz:x"), ("--report", "d.json")),
+        (("--calib", "x=d.npz"), ("-o", "d.npz")),
+        (("--calib", "d.npz", "--eval", "e.npz", "--metric", "top1"), ("--save-plan", "e.npz")),
+        (("--calib", "folder"), ("-o", "folder/picture.png")),
+        (("--calib", "d.npz", "--preprocess", "p.yaml"), ("--save-plan", "p.yaml")),
+        (("--calib", "d.npz", "--tokenizer", "p.yaml"), ("--save-plan", "./p.yaml")),
+    ],
+)
+def test_data_is_not_written_over(
+    arguments: tuple[str, ...], output: tuple[str, str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("p.yaml").write_text("base: caffe\n")
+    if output[1] == "d.json":
+        Path("d.json").symlink_to("d.npz")
+    kept = Path(output[1]).read_bytes()
+    assert cli.main(["compress", "m.onnx", *arguments, *output]) == 2
+    assert f"{output[0]} {output[1].removeprefix('./')} would overwrite the data of --" in (
+        capsys.readouterr().err.replace("--output", "-o")
+    )
+    assert Path(output[1]).read_bytes() == kept
+
+
+def test_other_verbs_spare_data_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("d.png").symlink_to("d.npz")
+    Path("p.json").write_text("{}")
+    for arguments in (
+        ("tune", "m.onnx", "--calib", "d.npz", "--max-size", "50%", "-o", "d.npz"),
+        ("apply", "m.onnx", "p.json", "--calib", "d.npz", "-o", "d.npz"),
+        ("sensitivity", "m.onnx", "--calib", "d.npz", "--plot", "d.png"),
+        ("bench", "m.onnx", "--calib", "d.npz", "--plot", "d.png"),
+    ):
+        assert cli.main([*arguments]) == 2
+        assert "would overwrite the data of --calib: d.npz" in capsys.readouterr().err
+
+
+def test_the_metric_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--eval", "e.npz", "--metric", "top1", "--allocator", "uniform", "--bits", "8"]
+    assert cli.main(["compress", "m.onnx", "--calib", "d.npz", *asked]) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "on 20 samples of --eval" in shown and "accuracy top1" in shown
+
+
+def test_times_of_verify_say_at_which_shapes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantkit.compress(here / "m.onnx", bits=(8,)).save(here / "q.onnx")
+    assert cli.main(["verify", "q.onnx", "--against", "m.onnx", "--calib", "d.npz"]) == 0
+    assert "speed at x 8x3x8x8" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_is_told_of_the_file_that_did_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space left on device") as caught:
+        files.write_text(tmp_path / "report.html", "text")
+    assert caught.value.filename == str(tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reasons_tell_the_widths_on_either_side() -> None:
+    losses = {2: 0.5, 4: 0.015, 8: 0.0001}
+    row = SensitivityRow(("a",), losses, 4, "measured")
+    assert _losses(row) == "; would lose 0.5 at 2, 0.015 at 4 (chosen), 0.0001 at 8 bits, by measured"
+    assert _losses(SensitivityRow(("a",), losses, 8, "measured")).startswith(
+        "; would lose 0.015 at 4, 0.0001 at 8 (cho"
+    )
+    assert _losses(SensitivityRow(("a",), losses, None, "slim")).count(" at ") == 3
+    assert _losses(SensitivityRow(("a",), {}, 4, "slim")) == ""
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_an_lstm_that_gives_only_its_last_state(data: bool, here: Path) -> None:
+    weights = {"W": models.random(1, 256, 32), "R": models.random(1, 256, 64), "axis": np.array([0])}
+    text = """g (float[T,B,32] x) => (float[B,64] y) {
+        all, last = LSTM<hidden_size=64>(x, W, R) y = Squeeze(last, axis) }"""
+    model = models.build(text, weights)
+    feeds = [{"x": models.random(5, 3, 32, seed=seed)} for seed in range(6)]
+    result = quantkit.compress(model, bits=(4,), cache=here, **({"calibration": feeds} if data else {}))
+    assert [row.kernel for row in result.report.layers] == ["LSTM", "LSTM"]
+    assert (result.report.fidelity is not None) == data
