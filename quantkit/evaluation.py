@@ -11,13 +11,13 @@ import numpy as np
 
 from quantkit import metrics
 from quantkit.calibration.data import CalibrationData, InputSpec
+from quantkit.calibration.inputs import LABELS
 from quantkit.calibration.request import EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.runtime.ort import Session, first_line
 from quantkit.types import Array
 from quantkit.userfunction import import_function
 
-LABELS = "labels"
 PARTS = 20
 """Of the samples, for the jackknife: its own figure is then known to a sixth."""
 Outputs = Mapping[str, Array]

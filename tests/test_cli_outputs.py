@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 import quantkit
 from quantkit import cli, files
@@ -68,6 +69,18 @@ def test_other_verbs_spare_data_too(here: Path, capsys: pytest.CaptureFixture[st
     ):
         assert cli.main([*arguments]) == 2
         assert "would overwrite the data of --calib: d.npz" in capsys.readouterr().err
+
+
+def test_a_folder_of_images_has_no_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--eval", "folder", "--metric", "top1", "--preprocess", "caffe", "--calib", "folder"]
+    Image.new("RGB", (8, 8)).save("folder/picture.png")
+    assert cli.main(["compress", "m.onnx", *asked]) == 2
+    assert "the metric needs labels, and a folder of images has none: give an .npz" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_made_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compress", "m.onnx", "--cache", "d.npz/cache"]) == 2
+    assert "--cache d.npz/cache: cannot be made: Not a directory; give another folder" in capsys.readouterr().err
 
 
 def test_the_metric_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

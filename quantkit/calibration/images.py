@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.calibration.arrays import stack_images
-from quantkit.calibration.inputs import PREPROCESS_HINT, InputSpec, Samples, list_inputs
+from quantkit.calibration.inputs import LABELS, PREPROCESS_HINT, InputSpec, Samples, list_inputs
 from quantkit.calibration.preprocess import Preprocess, fit_preprocess
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
@@ -33,6 +33,11 @@ def image_samples(folder: Path, inputs: Sequence[InputSpec], preprocess: Preproc
         raise InputError(
             f"{folder} holds no images ({', '.join(SUFFIXES)}) and no test_data_set_*/input_*.pb, "
             "neither itself nor one level below"
+        )
+    if any(spec.name == LABELS for spec in inputs):
+        raise InputError(
+            f"{folder}: the metric needs labels, and a folder of images has none: give an .npz file with "
+            "the images, uint8 [samples, H, W, 3], and 'labels', or MODULE:FUNCTION"
         )
     if len(inputs) != 1:
         raise InputError(

@@ -12,6 +12,8 @@ import numpy as np
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
 
+LABELS = "labels"
+"""What evaluation data calls its labels, beside the model's inputs."""
 PREPROCESS_HINT = "raw images need --preprocess (imagenet, caffe, cifar10, tf, unit, raw or a file)"
 
 

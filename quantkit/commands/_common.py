@@ -167,6 +167,11 @@ def run_options(args: Namespace) -> dict[str, Any]:
     cache = Path(args.cache) if args.cache else None
     if cache is not None and cache.exists() and not cache.is_dir():
         raise InputError(f"--cache {cache} is a file; give a folder")
+    if cache is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # who asks for work to be kept should not learn afterwards that it was not
+            raise InputError(f"--cache {cache}: cannot be made: {error.strerror}; give another folder") from error
     # Left out, the target and the seed are those of the plan, if there is one.
     given = {key: value for key, value in (("target", args.target), ("seed", args.seed)) if value is not None}
     return {

@@ -141,9 +141,9 @@ def write_front(result: Result, folder: Path) -> int:
 def output_files(args: Namespace, model: Path) -> dict[str, Path | None]:
     """Option -> file to write."""
     report = Path(args.report) if args.report else None
-    if report is not None and report.suffix not in (".html", ".json"):
+    if report is not None and report.suffix.lower() not in (".html", ".json"):
         raise InputError(f"--report must end in .html or .json, got {report}")
-    if report is not None and report.suffix == ".html":
+    if report is not None and report.suffix.lower() == ".html":
         from quantkit.report.html import check_html
 
         check_html()
@@ -185,7 +185,7 @@ def with_command(report: Report, args: Namespace) -> Report:
 
 def report_text(report: Report, path: Path) -> str:
     """As the ending of the file says: a page or JSON."""
-    if path.suffix == ".html":
+    if path.suffix.lower() == ".html":
         from quantkit.report.html import report_html
 
         return report_html(report)

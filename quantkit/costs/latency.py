@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -82,13 +83,14 @@ class LatencyCache:
         self.entries.update({_key(parts): rounded} | _read(self.folder))
         if replace:
             self.entries[_key(parts)] = rounded
+        temporary = self.folder / f"latency.{os.getpid()}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f"latency.{os.getpid()}.tmp"
             temporary.write_text(json.dumps(self.entries, indent=0, sort_keys=True))
             temporary.replace(self.folder / "latency.json")
-        except OSError:
-            pass  # a cache that cannot be written only costs time
+        except OSError:  # a cache that cannot be written only costs time
+            with suppress(OSError):
+                temporary.unlink()
         return self.entries[_key(parts)]
 
 

@@ -291,7 +291,8 @@ def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[s
     if candidate.size > context.loaded.size:
         notes.append("the file is larger than the float one: its layers are too small for what unpacking them costs")
     if not measured.checked:
-        notes.append("the file loads, but could not be run on made-up inputs and was not compared; give --calib")
+        why = "more than 1 GiB of weights" if context.large else "made-up inputs do not suit it"
+        notes.append(f"the file loads, but was not run and compared: {why}; give --calib")
     if context.held_out is None:
         notes.append("no calibration data: weights only, nothing was measured; give --calib for integer activations")
     notes += _scaled_inputs(candidate)
