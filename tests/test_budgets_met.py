@@ -14,6 +14,7 @@ import pytest
 import quantkit
 from quantkit import candidate as candidates
 from quantkit import evaluation as evaluations
+from quantkit import measuring
 from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
 from quantkit.costs import latency
 from quantkit.costs.latency import open_cache
@@ -54,7 +55,7 @@ def test_an_unknown_drop_meets_no_budget() -> None:
 
 
 def test_floats_are_tried_where_integers_are_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = candidates.measure
+    measure = measuring.measure
 
     def slow_integers(context: candidates.Context, candidate: candidates.Candidate) -> Measurement:
         integer = any(option.form == "qdq" for option in candidate.chosen.values())
