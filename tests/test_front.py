@@ -51,7 +51,7 @@ def test_the_plan_and_the_report_explain_widths(files: Path) -> None:
     report = result.report
     assert {name for row in report.sensitivities for name in row.layers} == set(result.plan.layers)
     assert report.front and report.predicted is not None and report.predicted > 0
-    assert any(f"({report.sensitivities[0].estimator})" in layer.reason for layer in result.plan.layers.values())
+    assert any(f"by {report.sensitivities[0].estimator}" in layer.reason for layer in result.plan.layers.values())
     assert report.average_bits <= 4 + 1e-9 and not report.unmet
     chosen = next(row for row in report.contenders if row.chosen)
     uniform = [row for row in report.contenders if row.name.startswith("uniform")]

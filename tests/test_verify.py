@@ -90,7 +90,7 @@ def test_a_weight_that_changes_on_its_way_to_the_file(monkeypatch: pytest.Monkey
     models.quick(monkeypatch)
     right = emit.save
 
-    def save(model: ir.Model, path: Path) -> None:
+    def save(model: ir.Model, path: Path, **_: bool) -> None:
         copy = model.clone()
         scales = next(value for value in copy.graph.initializers.values() if "scale" in str(value.name))
         assert scales.const_value is not None
