@@ -14,7 +14,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/quantkit demo
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
