@@ -103,7 +103,7 @@ def fuzz(findings: Path, corpus: Path, seconds: int, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to fuzz")
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"), help="folder of what went wrong")
     parser.add_argument("--seed", type=int, default=1, help="of the first process; each later one counts on")

@@ -107,7 +107,7 @@ def _explained(error: Exception, opener: Callable[[Path], Run], case: Case) -> s
     text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     try:
         opener(case.model)(case.feeds[0])
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001  (runtimes share no base class)
         return f"the float model does not run either: {text}"
     return text
 

@@ -26,6 +26,7 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -155,8 +156,8 @@ def errors(args: Namespace) -> None:
             write(args, "quantizer errors", f"{name} {kind}", accuracy=tally.accuracy(), details={**details, **extra})
 
 
-def write(args: Namespace, benchmark: str, setting: str, **figures: object) -> None:
-    record = Record(benchmark, args.model, "quantkit", setting, environment(1), **figures)  # type: ignore[arg-type]
+def write(args: Namespace, benchmark: str, setting: str, **figures: Any) -> None:
+    record = Record(benchmark, args.model, "quantkit", setting, environment(1), **figures)
     append_records(args.out, [record])
     say(f"{benchmark}: {args.model} {setting}: {dict(record.accuracy)} {dict(record.details)}")
 

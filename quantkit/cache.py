@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ MAPPED = 1 << 17
 CHUNK = 1 << 24
 SUFFIX = ".entry"
 SCRATCH = "scratch"
-PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "scipy")
+PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "scipy", "torch")
 
 
 def default_folder() -> Path:
@@ -99,6 +100,11 @@ class Store:
     def remembers(self) -> bool:
         return self.folder is not None
 
+    @property
+    def scratch_folder(self) -> Path | None:
+        """For files of one's own; None = among the system's temporary files, which may be in memory."""
+        return None if self.scratch is None else self.scratch.folder
+
     def get(self, key: str) -> Entry | None:
         """The entry, or None: absent, damaged, or of another format. A damaged one is removed."""
         if self.folder is None:
@@ -137,13 +143,14 @@ class Store:
         """The array, in a file when it is large and there is a place for such files."""
         if self.scratch is None or array.nbytes < MAPPED or isinstance(array, np.memmap):
             return array
-        handle, name = tempfile.mkstemp(dir=self.scratch.folder, suffix=".array")
+        path = self.scratch.folder / f"{secrets.token_hex(16)}.array"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with path.open("wb") as file:
                 np.ascontiguousarray(array).tofile(file)
-            return np.memmap(name, dtype=array.dtype, mode="r", shape=array.shape)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
+            return np.memmap(path, dtype=array.dtype, mode="r", shape=array.shape)
+        except OSError:  # a full disk, or a folder that somebody has removed
+            with suppress(OSError):
+                path.unlink()
             return array
 
     @staticmethod
@@ -174,8 +181,15 @@ def program() -> str:
     root = Path(__file__).parent
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    libraries = " ".join(f"{name}={version(name)}" for name in PACKAGES)
-    return f"{digest.hexdigest()} {libraries} {processor()}"
+    libraries = " ".join(f"{name}={_version(name)}" for name in PACKAGES)
+    return f"{digest.hexdigest()} python={platform.python_version()} {libraries} {processor()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # torch is an extra
+        return "-"
 
 
 def processor() -> str:

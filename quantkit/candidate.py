@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import onnx_ir as ir
 
@@ -193,8 +194,9 @@ def seen_by(quantizer: WeightQuantizer, stats: LayerStats | None) -> LayerStats 
     """The statistics that a quantizer asks for: what was collected for others must not change its answer."""
     if stats is None:
         return None
-    hidden = {name: None for name in ("abs_mean", "mean", "square_mean", "gram", "rows") if name not in quantizer.stats}
-    return replace(stats, **hidden)  # type: ignore[arg-type]
+    names = ("abs_mean", "mean", "square_mean", "gram", "rows", "abs_max")
+    hidden: dict[str, Any] = {name: None for name in names if name not in quantizer.stats}
+    return replace(stats, **hidden)
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,13 @@ def _sequential(context: Context, chosen: Mapping[str, Option]) -> tuple[dict[st
         {key: option.spec for key, option in chosen.items()},
         data,
         context.quantizer,
-        Settings(threads=options.threads, seed=options.seed, bias=True, lean=context.large),
+        Settings(
+            threads=options.threads,
+            seed=options.seed,
+            bias=True,
+            lean=context.large,
+            folder=context.store.scratch_folder,
+        ),
         context.progress,
         effective=lambda target, weight: emitter(chosen[target.name].form).effective_weight(weight),
     )

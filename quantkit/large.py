@@ -21,8 +21,6 @@ from quantkit.types import Target
 
 LARGE = 1 << 30
 """Bytes of float weights."""
-
-
 SINGLE_PASS = {"gptq.rounds": 0, "gptq.restarts": 0, "gptq.sweeps": 0}
 HASTY = "a large model: gptq makes one pass only; for less loss in more time, --set gptq.rounds=3 and gptq.sweeps=100"
 

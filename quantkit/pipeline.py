@@ -145,7 +145,8 @@ def prepare(
     if not targets:
         raise InputError(f"{name} has no layer to quantize: {_reasons(untouched)}")
     large = is_large(targets.values())
-    if large and calibration is not None and (hasty := hastened(options)) != options:
+    has_data = calibration is not None or options.random_calibration
+    if large and has_data and (hasty := hastened(options)) != options:
         options, loaded = hasty, replace(loaded, notes=(*loaded.notes, HASTY))
     reference = reference_session(loaded.model, large, options.threads)
     settings = method_settings(options, options.quantizer)

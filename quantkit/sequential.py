@@ -51,6 +51,7 @@ class Settings:
         residual: also make up for the branch that the layer's output is added to.
         bias: give every layer that has room for it a bias that keeps the mean of its output.
         lean: run on weights that stay in their file.
+        folder: where values lie between two layers; None = among the system's temporary files.
     """
 
     threads: int = 1
@@ -60,6 +61,7 @@ class Settings:
     residual: bool = True
     bias: bool = False
     lean: bool = False
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.trust > 0:
@@ -138,7 +140,10 @@ def quantize_sequentially(
     for name in specs:
         if name not in walked:
             settle(name, targets[name].load(), None)
-    with tempfile.TemporaryDirectory(prefix="quantkit-") as folder, progress.task("layers", len(walked)) as advance:
+    with (
+        tempfile.TemporaryDirectory(prefix="quantkit-", dir=settings.folder) as folder,
+        progress.task("layers", len(walked)) as advance,
+    ):
         walk = _Walk((model, copy), Path(folder), data, stages, settings)
         for stage in stages:
             for name, (weight, stats, item) in walk.visit(stage, targets, quantizer.stats).items():
@@ -211,8 +216,8 @@ class _Walk:
         self._spools = []
         for number, model in enumerate(models):
             feeds = self._noted(data) if number == 0 else iter(data)
-            run = {"threads": settings.threads, "until": until, "lean": settings.lean}
-            self._spools.append(Spool(model, folder / str(number), feeds, **run))  # type: ignore[arg-type]
+            place, threads, lean = folder / str(number), settings.threads, settings.lean
+            self._spools.append(Spool(model, place, feeds, threads=threads, until=until, lean=lean))
         if not self._masks:
             raise InputError(f"the calibration data holds no samples: {data.description}")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +229,26 @@ def test_a_spill_that_fails_leaves_the_array_in_memory(tmp_path: Path, monkeypat
     monkeypatch.setattr(np, "ascontiguousarray", full)
     assert Store(None, scratch).spill(ARRAYS["large"]) is ARRAYS["large"]
     assert files(tmp_path) == []
+
+
+def test_a_spill_without_its_folder_leaves_the_array_in_memory(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    shutil.rmtree(scratch.folder)
+    store = Store(None, scratch)
+    assert store.spill(ARRAYS["large"]) is ARRAYS["large"]
+    assert store.scratch_folder == scratch.folder and Store().scratch_folder is None
+
+
+def test_an_extra_that_is_not_installed_is_part_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "torch":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    with_torch = cache.program.__wrapped__()
+    monkeypatch.setattr(cache, "version", version)
+    without = cache.program.__wrapped__()
+    assert " torch=- " in without and " torch=- " not in with_torch and "python=3." in without
 
 
 # ---- quantizers whose results are kept

@@ -58,6 +58,30 @@ def test_data_is_not_written_over(
     assert Path(output[1]).read_bytes() == kept
 
 
+def test_a_folder_of_images_may_hold_results_too(here: Path) -> None:
+    Image.new("RGB", (8, 8)).save("folder/picture.png")
+    asked = ["--calib", "folder", "--preprocess", "raw", "--bits", "8", "--allocator", "uniform"]
+    for _ in range(2):  # the second time over the first result
+        assert cli.main(["compress", "m.onnx", *asked, "--samples", "2", "-o", "folder/out.onnx"]) == 0
+        Path("folder/other.png").write_bytes(Path("folder/picture.png").read_bytes())
+    assert Path("folder/out.onnx").exists()
+
+
+@pytest.mark.parametrize("option", ["--report", "--save-plan"])
+def test_a_model_without_its_report_is_told(
+    option: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "write_bytes", full)
+    given = ["compress", "m.onnx", "--bits", "8", "-o", "q.onnx", option, "r.json"]
+    assert cli.main(given) == 2
+    told = "r.json: No space left on device; the model is written and verified (q.onnx), this file is not"
+    assert told in capsys.readouterr().err
+    assert Path("q.onnx").exists() and not Path("r.json").exists()
+
+
 def test_other_verbs_spare_data_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("d.png").symlink_to("d.npz")
     Path("p.json").write_text("{}")

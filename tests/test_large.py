@@ -136,6 +136,8 @@ def test_gptq_of_a_large_model_is_a_single_pass_unless_asked_for_more(model: Pat
     asked = quantkit.compress(model, settings=dict.fromkeys(large.SINGLE_PASS, 1), **settings)
     assert {key: asked.plan.settings[key] for key in large.SINGLE_PASS} == dict.fromkeys(large.SINGLE_PASS, 1)
     assert large.HASTY not in asked.report.notes
+    made_up = quantkit.compress(model, **{**settings, "calibration": None, "random_calibration": True})
+    assert large.HASTY in made_up.report.notes
     plain = quantkit.compress(model, quantizer="mse", **settings)
     assert not set(large.SINGLE_PASS) & set(plain.plan.settings)
     again = quantkit.apply(model, result.plan, **{key: settings[key] for key in ("calibration", "cache")})

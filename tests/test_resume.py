@@ -113,6 +113,18 @@ def test_nothing_stale_is_used(change: str, tmp_path: Path, monkeypatch: pytest.
     assert calls > 0
 
 
+def test_what_is_stamped_on_a_file_is_not_remembered_with_its_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.quick(monkeypatch)
+    sizes = []
+    for stamps in (100, 250):
+        monkeypatch.setattr("quantkit.candidate.provenance_bytes", lambda _, stamps=stamps: stamps)
+        rows = compress(tmp_path, allocator="uniform", inputs="float").report.contenders
+        sizes.append([row.size for row in rows])
+    assert [size + 150 for size in sizes[0]] == sizes[1]
+
+
 class Net:
     """Statistics of the text's network, piece by piece."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from quantkit.allocators._table import Unit, weights_of
@@ -113,11 +114,7 @@ def second_order(
 
 
 def has_torch() -> bool:
-    try:
-        import torch  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    return True
+    return find_spec("torch") is not None
 
 
 def derivatives(

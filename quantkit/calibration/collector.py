@@ -112,11 +112,15 @@ def collect(
     counted = None if keys.histograms is None else settings.store.get(keys.histograms)
     stats: dict[str, LayerStats] = {}
     names = [[item.name for item in wave] for wave in waves]
-    task = progress.task("calibrating", total=len(waves) * data.samples)
-    with (
-        task as advance,
-        Pieces(model, lambda: _parts(data, size), names, threads=settings.threads, lean=settings.lean) as pieces,
-    ):
+    pieces = Pieces(
+        model,
+        lambda: _parts(data, size),
+        names,
+        threads=settings.threads,
+        lean=settings.lean,
+        folder=settings.store.scratch_folder,
+    )
+    with progress.task("calibrating", total=len(waves) * data.samples) as advance, pieces:
         for number, (wave, readers, key) in enumerate(zip(waves, ends, keys.waves, strict=True)):
             done = None if key is None else settings.store.get(key)
             if done is None or (counted is None and any(item.histogram is not None for item in wave)):

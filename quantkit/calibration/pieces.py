@@ -76,16 +76,24 @@ class Pieces:
     """Runs a model for one wave after the other; a wave may be left out."""
 
     def __init__(
-        self, model: ir.Model, feeds: Feeds, waves: Sequence[Sequence[str]], *, threads: int, lean: bool
+        self,
+        model: ir.Model,
+        feeds: Feeds,
+        waves: Sequence[Sequence[str]],
+        *,
+        threads: int,
+        lean: bool = False,
+        folder: Path | None = None,
     ) -> None:
         """
         Args:
             feeds: the batches, the same ones each time.
             waves: names of the values that each watches, in graph order.
             lean: see `make_session`.
+            folder: where values lie between two pieces; None = among the system's temporary files.
         """
         self._model, self._feeds, self._waves = model, feeds, waves
-        self._threads, self._lean = threads, lean
+        self._threads, self._lean, self._folder = threads, lean, folder
         self._spool: Spool | None = None
         self._stack = ExitStack()
 
@@ -103,9 +111,10 @@ class Pieces:
         if self._spool is None:
             self._positions = cuts(self._model, next(iter(self._feeds()), {}), self._waves)
             until = {name: self._positions[number] + 1 for number, names in enumerate(self._waves) for name in names}
-            folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="quantkit-")), "values")
-            settings = {"threads": self._threads, "until": until, "lean": self._lean}
-            self._spool = Spool(self._model, folder, self._feeds(), **settings)  # type: ignore[arg-type]
+            place = self._stack.enter_context(TemporaryDirectory(prefix="quantkit-", dir=self._folder))
+            self._spool = Spool(
+                self._model, Path(place, "values"), self._feeds(), threads=self._threads, until=until, lean=self._lean
+            )
         names = set(self._waves[wave])
         for feed, values in zip(self._feeds(), self._spool.values(self._positions[wave], names), strict=True):
             yield feed, {name: values[name] for name in names}

@@ -232,7 +232,7 @@ def check_writable(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
 
     Args:
         outputs: option -> file that will be written (None = not asked for).
-        inputs: what it is -> file that must survive, or folder whose files must.
+        inputs: what it is -> file that must survive, or folder whose images and tensors must.
     """
     taken: dict[Path, str] = {}
     for option, path in outputs.items():
@@ -250,12 +250,24 @@ def check_writable(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
         except OSError as error:
             raise InputError(f"{option} {path}: cannot write there: {error.strerror}; choose another folder") from error
         for what, source in inputs.items():
-            inside = path.exists() and source.is_dir() and source.resolve() in path.resolve().parents
-            if inside or path.resolve() == source.resolve() or (path.exists() and path.samefile(source)):
+            if (
+                _is_sample(path, source)
+                or path.resolve() == source.resolve()
+                or (path.exists() and path.samefile(source))
+            ):
                 raise InputError(f"{option} {path} would overwrite the {what}; give another name")
         other = taken.setdefault(path.resolve(), option)
         if other != option:
             raise InputError(f"{other} and {option} are the same file {path}; give two names")
+
+
+def _is_sample(path: Path, folder: Path) -> bool:
+    """Whether a file is one that is read as data when the folder is given."""
+    if not (path.exists() and folder.is_dir() and folder.resolve() in path.resolve().parents):
+        return False
+    from quantkit.calibration.images import SUFFIXES
+
+    return path.suffix.lower() in (*SUFFIXES, ".pb")
 
 
 def plot_path(text: str | None) -> Path | None:

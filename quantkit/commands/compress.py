@@ -164,10 +164,15 @@ def finish(args: Namespace, result: Result, outputs: dict[str, Path | None]) -> 
     output, plan_file, report_file = outputs["--output"], outputs["--save-plan"], outputs["--report"]
     assert output is not None
     result.save(output)
-    if plan_file is not None:
-        save_plan(result.plan, plan_file)
-    if report_file is not None:
-        write_text(report_file, report_text(report, report_file))
+    try:
+        if plan_file is not None:
+            save_plan(result.plan, plan_file)
+        if report_file is not None:
+            write_text(report_file, report_text(report, report_file))
+    except OSError as error:
+        raise InputError(
+            f"{error.filename}: {error.strerror}; the model is written and verified ({output}), this file is not"
+        ) from error
     console = _common.console_of(args)
     print_report(report, console, all_layers=args.all_layers)
     console.print(f"written: {', '.join(str(path) for path in outputs.values() if path is not None)}", soft_wrap=True)

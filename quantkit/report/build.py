@@ -15,6 +15,7 @@ from quantkit.errors import InputError
 from quantkit.feeds import typical_feed
 from quantkit.forms import Option
 from quantkit.graph.emit import serialized_size
+from quantkit.large import float_bytes
 from quantkit.options import Options
 from quantkit.report.console import short_bytes
 from quantkit.report.depth import error_along_depth
@@ -30,7 +31,7 @@ from quantkit.report.types import (
     SensitivityRow,
     Timing,
 )
-from quantkit.runtime.ort import optimized_nodes
+from quantkit.runtime.ort import PROTOBUF_LIMIT, optimized_nodes
 from quantkit.types import Feed, Plan, QuantSpec, Target
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def look_inside(context: Context, candidate: Candidate, feed: Feed | None) -> In
         depth = error_along_depth(context.loaded.model, emitted.model, context.targets, feed, threads=threads)
     except InputError as error:
         notes.append(f"the error along the depth is not known: {error}")
+    if float_bytes(context.targets.values()) > PROTOBUF_LIMIT:  # the profiled graph is in memory several times
+        return Inside(depth, shares, (*notes, "more than 256 MiB of weights: shares of the time are not measured"))
     try:
         names = with_fused(emitted.model, emitted.names)
         shares = time_shares(emitted.model, names, typical_feed(context.held_out.feeds), threads=threads)

@@ -113,6 +113,13 @@ def test_files_end_with_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_values_lie_in_the_folder_asked_for(tmp_path: Path) -> None:
+    with Pieces(wide(), feeds, [["r"], ["j"]], threads=1, folder=tmp_path) as pieces:
+        list(pieces.run(0))
+        assert len(list(tmp_path.rglob("*.npz"))) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_numbers_of_values() -> None:
     model = wide()
     (data,) = model.graph.inputs

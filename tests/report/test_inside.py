@@ -245,3 +245,12 @@ def test_accuracy_before_and_after(tmp_path: Path) -> None:
 def test_notes_stay_when_the_report_is_replaced(made: Result) -> None:
     assert not any(math.isnan(row.sqnr) for row in made.report.depth)
     assert replace(made.report, notes=()).depth == made.report.depth
+
+
+def test_shares_of_the_time_of_a_big_model_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiled graph holds all weights, and is in memory several times."""
+    models.quick(monkeypatch)
+    monkeypatch.setattr(build, "PROTOBUF_LIMIT", 1000)
+    report = quantkit.compress(models.cnn(), calibration=models.images(), bits=(4,)).report
+    assert all(row.time_share is None for row in report.layers) and report.depth
+    assert "more than 256 MiB of weights: shares of the time are not measured" in report.notes
