@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -129,6 +130,13 @@ def test_a_full_disk_is_told_of_the_file_that_did_not_fit(tmp_path: Path, monkey
         files.write_text(tmp_path / "report.html", "text")
     assert caught.value.filename == str(tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_note_tells_what_is_larger_once_loaded(tmp_path: Path) -> None:
+    model = models.build(models.MATMUL.replace("64", "256"), {"w": models.random(256, 256)})
+    settings: dict[str, Any] = {"bits": (2,), "group_size": 8, "cache": tmp_path}  # no kernel has such small groups
+    (note,) = (note for note in quantkit.compress(model, **settings).report.notes if "once loaded" in note)
+    assert note.startswith("weights take 262 kB once loaded (the file is smaller")
 
 
 def test_reasons_tell_the_widths_on_either_side() -> None:

@@ -58,6 +58,7 @@ def test_weights_alone_never_run_the_float_model(model: Path, tmp_path: Path, mo
     assert {row.form for row in result.report.layers} == {"matmulnbits", "gather"}
     assert all(row.kernel in ("MatMulNBits", "GatherBlockQuantized", "Gather") for row in result.report.layers)
     assert result.report.fidelity is None and result.report.timings == ()
+    assert not any("once loaded" in note for note in result.report.notes)  # as many bits as in the file
     result.save(tmp_path / "q.onnx")
     wanted, got = outputs(model), outputs(tmp_path / "q.onnx")
     assert 0.9 < float(np.vdot(wanted, got) / np.linalg.norm(wanted) / np.linalg.norm(got)) < 1

@@ -112,14 +112,8 @@ def collect(
     counted = None if keys.histograms is None else settings.store.get(keys.histograms)
     stats: dict[str, LayerStats] = {}
     names = [[item.name for item in wave] for wave in waves]
-    pieces = Pieces(
-        model,
-        lambda: _parts(data, size),
-        names,
-        threads=settings.threads,
-        lean=settings.lean,
-        folder=settings.store.scratch_folder,
-    )
+    folder, lean = settings.store.scratch_folder, settings.lean
+    pieces = Pieces(model, lambda: _parts(data, size), names, threads=settings.threads, lean=lean, folder=folder)
     with progress.task("calibrating", total=len(waves) * data.samples) as advance, pieces:
         for number, (wave, readers, key) in enumerate(zip(waves, ends, keys.waves, strict=True)):
             done = None if key is None else settings.store.get(key)

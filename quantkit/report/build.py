@@ -306,7 +306,7 @@ def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[s
             f"slower than float at {shapes}: {timing.speedup:.2f}x; --max-latency 1x asks for forms that are not"
         )
     loaded = sum(_loaded_bytes(context.targets[name], option) for name, option in candidate.chosen.items())
-    if loaded:
+    if loaded > candidate.size:
         notes.append(f"weights take {short_bytes(loaded)} once loaded (the file is smaller: they are unpacked at load)")
     return notes
 
