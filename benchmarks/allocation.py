@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from benchmarks.harness import Environment, Record, append_records, environment
 from quantkit import metrics
 from quantkit.allocators._judge import assignments, judge
 from quantkit.allocators._table import Estimator, joined, losses, scored, units_of, weights_of
+from quantkit.allocators.auto import both_ends_wide
 from quantkit.budget import Budget
 from quantkit.calibration.request import CalibrationRequest
 from quantkit.candidate import Candidate, Context, Recipe
@@ -49,12 +50,15 @@ from quantkit.report.plots import plot_curves
 from quantkit.report.progress import SilentProgress
 from quantkit.runtime.ort import make_session
 from quantkit.runtime.probe import Probe
-from quantkit.types import Allocator, Array, Feed, QuantSpec
+from quantkit.types import AllocationProblem, Allocator, Array, Feed, QuantSpec
 from quantkit.verify import run_all
 
 BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
+RECIPE = "recipe"
+"""First and last layer at 8 bits, all others as wide as still fits."""
 ALLOCATORS = (
-    *("uniform", "measured", "interlayer", "quadratic", "hawq", "fisher", "salience", "linearity", "slim", "auto"),
+    *("uniform", RECIPE, "measured", "interlayer", "quadratic", "hawq", "fisher", "salience", "linearity", "slim"),
+    "auto",
 )
 ESTIMATORS = ("measured", "quadratic", "hawq", "fisher", "salience", "linearity")
 TRIES = 60
@@ -114,7 +118,8 @@ def batches(name: str, images: Array) -> list[Feed]:
 
 def study_of(args: Namespace, folder: Path) -> Study:
     """The network that --model names."""
-    plain = {"activations": "none"} if args.activations == "none" else {}
+    plain: dict[str, Any] = {"activations": "none"} if args.activations == "none" else {}
+    plain |= {"cache": args.cache} if args.cache else {}
     if args.model == "resnet20":
         test = cifar10_test(args.data)
         request = CalibrationRequest(cifar10_calibration(args.data), preprocess="cifar10")
@@ -135,24 +140,28 @@ def study_of(args: Namespace, folder: Path) -> Study:
 def context_of(study: Study, names: Sequence[str]) -> Context:
     """Calibrated for all of these allocators at once."""
     options = make_options({**study.options, "inputs": "float", "threads": 1})
-    made = [make("allocators", name, {}) for name in names]
+    made = [make("allocators", name, {}) for name in names if name != RECIPE]
     wanted = frozenset[str]().union(*(method.stats for method in made))
     run = prepare(study.model, study.calibration, None, options, wanted, SilentProgress())
     return run.context(run.original)
 
 
-def compare_allocators(study: Study, names: Sequence[str], bits: Sequence[float], where: Environment) -> list[Record]:
+def compare_allocators(
+    study: Study, names: Sequence[str], bits: Sequence[float], where: Environment
+) -> Iterator[Record]:
     """Every allocator at every average."""
     context = context_of(study, names)
     ledger = Ledger(context)
     recipe = Recipe("mse" if context.histograms else "minmax")
     kind = "weights only" if context.options.activations == "none" else "default activations"
-    records = []
     for average in bits:
         limit, fixed = None, 0
         for name in ("uniform", *(name for name in names if name != "uniform")):
             budget = Budget(avg_bits=average, max_size=limit)
-            found = cast(Allocator, make("allocators", name, {})).allocate(make_problem(ledger, budget, recipe, fixed))
+            found = allocated(name, make_problem(ledger, budget, recipe, fixed))
+            if found is None:
+                say(f"{study.name}: no {name} within {average:g} bits")
+                continue
             candidate = ledger.build(dict(found), recipe, name)
             if name == "uniform":
                 layers = sum(
@@ -174,10 +183,16 @@ def compare_allocators(study: Study, names: Sequence[str], bits: Sequence[float]
                 accuracy=study.judge(candidate),
                 details=details,
             )
-            records.append(record)
             shown = ", ".join(f"{key} {value:.4f}" for key, value in record.accuracy.items())
             say(f"{study.name} {record.setting}: {record.size_bytes} B, {shown}")
-    return records
+            yield record
+
+
+def allocated(name: str, problem: AllocationProblem) -> Mapping[str, QuantSpec] | None:
+    """Target name -> spec; None where the recipe does not fit."""
+    if name == RECIPE:
+        return both_ends_wide(problem, units_of(problem))
+    return cast(Allocator, make("allocators", name, {})).allocate(problem)
 
 
 def _average(context: Context, specs: Mapping[str, QuantSpec]) -> float:
@@ -250,6 +265,7 @@ def main() -> None:
     parser.add_argument("--bits", default=",".join(map(str, BITS)), help="averages to compare at")
     parser.add_argument("--allocators", default=None, help=f"default: {','.join(ALLOCATORS)}")
     parser.add_argument("--estimators", action="store_true", help="judge the estimators instead")
+    parser.add_argument("--cache", type=Path, help="folder for quantized layers, which the next run finds again")
     parser.add_argument("--plot", type=Path, help="picture of the curves")
     args = parser.parse_args()
     where = environment(1)
@@ -259,9 +275,12 @@ def main() -> None:
         study = study_of(args, Path(folder))
         if args.estimators:
             records = [record for average in bits for record in compare_estimators(study, names, average, where)]
+            append_records(args.out, records)
         else:
-            records = compare_allocators(study, names, bits, where)
-    append_records(args.out, records)
+            records = []
+            for record in compare_allocators(study, names, bits, where):
+                records.append(record)
+                append_records(args.out, [record])  # what a run that is stopped has found stays
     if args.plot is not None and not args.estimators:
         plot(records, args.plot)
 

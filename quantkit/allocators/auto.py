@@ -148,7 +148,7 @@ def _pool(
         return {"widest": joined(units, [len(unit.options) - 1 for unit in units])}
     same = replace(problem, budget=replace(problem.budget, max_drop=None))
     pool = {name: joined(units, found.choice) for name, found in answers.items()}
-    recipe = _recipe(problem, units)
+    recipe = both_ends_wide(problem, units)
     ends = {} if recipe is None else {"8 bits at both ends": recipe}
     uniform = Uniform().allocate(same)
     others = {name: specs for name, specs in {**pool, **ends}.items() if specs != uniform}
@@ -167,7 +167,7 @@ def _ordinary(unit: Unit, option: int) -> bool:
     return option == 0 or unit.bits(option) <= DEFAULT_BITS
 
 
-def _recipe(problem: AllocationProblem, units: Sequence[Unit]) -> dict[str, QuantSpec] | None:
+def both_ends_wide(problem: AllocationProblem, units: Sequence[Unit]) -> dict[str, QuantSpec] | None:
     """First and last layer at 8 bits, all others one width: the widest that still fits; None where none does."""
     if len(units) < 3:
         return None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.budget import parse_bytes
 from quantkit.calibration.request import CalibrationRequest
+from quantkit.commands import _loss
 from quantkit.errors import InputError
 from quantkit.options import ACTIVATIONS, CALIBRATORS, INPUTS, RUNTIMES, Options
 
@@ -117,6 +118,7 @@ def add_method_choice(parser: ArgumentParser, holdout: int = Options.holdout) ->
     )
     group.add_argument("--group-size", metavar="N", type=int, help="inputs per scale, -1 = one scale per output")
     group.add_argument("--ignore", metavar="PATTERN", action="append", help="keep layers float: a name or re:PATTERN")
+    _loss.add_loss(group, "--allocator")
     group.add_argument(
         "--set", metavar="M.S=VALUE", action="append", help="a method's setting, such as mse.steps=40; repeatable"
     )

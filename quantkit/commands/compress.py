@@ -13,6 +13,7 @@ from quantkit import methods
 from quantkit.budget import Budget
 from quantkit.calibration.request import EvaluationRequest
 from quantkit.commands import _common
+from quantkit.commands._loss import with_loss
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def method_options(args: Namespace) -> dict[str, Any]:
         "augment": args.augment,
         "group_size": args.group_size,
         "ignore": tuple(args.ignore or ()),
-        "settings": parse_settings(args.set or ()),
+        "settings": with_loss(parse_settings(args.set or ()), args.loss, (args.allocator,), "--allocator"),
         **({} if args.holdout is None else {"holdout": args.holdout}),
         **_common.run_options(args),
     }

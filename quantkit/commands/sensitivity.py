@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.commands import _common
+from quantkit.commands._loss import add_loss, with_loss
 from quantkit.commands.compress import parse_bits, parse_settings
 from quantkit.errors import InputError
 
@@ -44,6 +45,7 @@ def add(parser: ArgumentParser) -> None:
     group.add_argument("--quantizer", metavar="NAME", default="auto", help="auto, or one of `quantkit methods`")
     group.add_argument("--group-size", metavar="N", type=int, help="inputs per scale, -1 = one scale per output")
     group.add_argument("--ignore", metavar="PATTERN", action="append", help="keep layers float: a name or re:PATTERN")
+    add_loss(group, "--estimators")
     group.add_argument("--set", metavar="M.S=VALUE", action="append", help="a method's setting; repeatable")
     group.add_argument("--plot", metavar="FILE", help="write a picture, as .png or .svg")
     group.add_argument("--all-layers", action="store_true", help="show every layer of a large model")
@@ -73,7 +75,7 @@ def run(args: Namespace) -> int:
         quantizer=args.quantizer,
         group_size=args.group_size,
         ignore=tuple(args.ignore or ()),
-        settings=parse_settings(args.set or ()),
+        settings=with_loss(parse_settings(args.set or ()), args.loss, estimators, "--estimators"),
         **_common.run_options(args),
     )
     show(found, at, _common.console_of(args), all_rows=args.all_layers)
