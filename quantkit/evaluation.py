@@ -17,6 +17,7 @@ from quantkit.errors import InputError
 from quantkit.runtime.ort import Session, first_line
 from quantkit.types import Array
 from quantkit.userfunction import import_function
+from quantkit.verify import open_data, session_inputs
 
 PARTS = 20
 """Of the samples, for the jackknife: its own figure is then known to a sixth."""
@@ -111,6 +112,17 @@ def make_evaluation(request: EvaluationRequest, data: CalibrationData, reference
         InputError: no such metric, or the function cannot be imported.
     """
     return Evaluation(data, _score(request.metric), reference, request.metric)
+
+
+def open_evaluation(request: EvaluationRequest, reference: Session) -> Evaluation:
+    """The evaluation with its data, read for the float model's inputs and, where the metric needs them, labels.
+
+    Raises:
+        InputError: the data do not fit, no such metric, or the function cannot be imported.
+    """
+    inputs = session_inputs(reference)
+    wanted = [*inputs, label_input()] if needs_labels(request.metric) else inputs
+    return make_evaluation(request, open_data(request.data, wanted), reference)
 
 
 def _score(metric: str) -> Score:

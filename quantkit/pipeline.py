@@ -27,7 +27,7 @@ from quantkit.calibration.request import EvaluationRequest
 from quantkit.candidate import Candidate, Context, HeldOut
 from quantkit.costs.latency import open_cache
 from quantkit.errors import InputError
-from quantkit.evaluation import label_input, make_evaluation, needs_labels
+from quantkit.evaluation import open_evaluation
 from quantkit.graph.emit import save, simulate, without_notes
 from quantkit.graph.load import LoadedModel, load_model
 from quantkit.graph.regions import find_regions, moved
@@ -153,7 +153,7 @@ def prepare(
     store = open_store(options, targets.values())
     quantizer = kept(make("quantizers", options.quantizer, settings), store)
     data = _open_data(calibration, reference, options, most_held_out)
-    judge = None if evaluation is None else _evaluation(evaluation, reference)
+    judge = None if evaluation is None else open_evaluation(evaluation, reference)
     wanted = quantizer.stats | statistics | ERROR_STATS
     original = Rescaled(loaded, targets)
     return Run(name, original, untouched, reference, options, quantizer, wanted, data, judge, progress, store)
@@ -304,12 +304,6 @@ def _open_data(calibration: object, reference: Session, options: Options, most_h
     feeds = list(held)
     check_repeatable(reference, feeds[0])
     return Data(kept, HeldOut(feeds, run_all(reference, feeds), reference))
-
-
-def _evaluation(request: EvaluationRequest, reference: Session) -> Any:
-    inputs = session_inputs(reference)
-    wanted = [*inputs, label_input()] if needs_labels(request.metric) else inputs
-    return make_evaluation(request, open_data(request.data, wanted), reference)
 
 
 def finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Result:

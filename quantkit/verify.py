@@ -15,7 +15,7 @@ from quantkit.calibration.request import CalibrationRequest
 from quantkit.errors import InputError, VerificationError
 from quantkit.graph._checks import read_proto
 from quantkit.report.types import Timing
-from quantkit.runtime.ort import Session, input_specs, make_session, time_sessions
+from quantkit.runtime.ort import Session, input_specs, time_sessions
 from quantkit.types import Array, Feed
 
 # Layers are compared one by one in `quantkit.parity`. Over the whole network the fused kernels round halves in their
@@ -168,44 +168,6 @@ def representative_feeds(feeds: Sequence[Feed]) -> list[Feed]:
     small, large = ordered[0], ordered[-1]
     same = all(small[name].shape == large[name].shape for name in small)
     return [large] if same else [small, large]
-
-
-@dataclass(frozen=True)
-class FileComparison:
-    """`quantkit verify`: a quantized file against its float original."""
-
-    fidelity: Comparison
-    samples: int
-    size: int
-    reference_size: int
-    timings: tuple[Timing, ...]
-
-
-def compare_files(
-    quantized: Path, reference: Path, *, calibration: CalibrationRequest | CalibrationData, threads: int = 1
-) -> FileComparison:
-    """Run both files on the same data.
-
-    Raises:
-        InputError: a file does not load, or the two want different inputs or give different outputs.
-    """
-    first, second = make_session(reference, threads=threads), make_session(quantized, threads=threads)
-    if first.input_names != second.input_names or set(first.output_names) != set(second.output_names):
-        raise InputError(
-            f"{quantized} and {reference} are not the same model: inputs {list(second.input_names)} and "
-            f"{list(first.input_names)}, outputs {list(second.output_names)} and {list(first.output_names)}"
-        )
-    data = open_data(calibration, session_inputs(first))
-    feeds = list(data)
-    fidelity = compare(run_all(first, feeds), run_all(second, feeds))
-    timings = measure_timings(first, second, feeds)
-    sizes = [_size_on_disk(path) for path in (quantized, reference)]
-    return FileComparison(fidelity, data.samples, sizes[0], sizes[1], timings)
-
-
-def _size_on_disk(path: Path) -> int:
-    """The file with the external data files that it names."""
-    return path.stat().st_size + sum(file.stat().st_size for file in external_files(path))
 
 
 def external_files(path: Path) -> set[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,15 @@ def test_an_lstm_that_gives_only_its_last_state(data: bool, here: Path) -> None:
     result = quantkit.compress(model, bits=(4,), cache=here, **({"calibration": feeds} if data else {}))
     assert [row.kernel for row in result.report.layers] == ["LSTM", "LSTM"]
     assert (result.report.fidelity is not None) == data
+
+
+def test_verify_and_apply_measure_the_metric_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compress = ["compress", "m.onnx", "--calib", "d.npz", "--avg-bits", "4", "--quantizer", "rtn", "-o", "q.onnx"]
+    assert cli.main([*compress, "--save-plan", "p.json", "-q"]) == 0
+    judged = ["--eval", "e.npz", "--metric", "top1"]
+    assert cli.main(["verify", "q.onnx", "--against", "m.onnx", *judged, "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)["accuracy"]
+    assert re.search(rf"top1 +{found['before']:.6g} > {found['after']:.6g} \(drop ", shown.err)
+    assert cli.main(["apply", "m.onnx", "p.json", "--calib", "d.npz", "-o", "a.onnx", *judged, "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == found

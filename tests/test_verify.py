@@ -12,14 +12,17 @@ import onnx_ir as ir
 import pytest
 
 from quantkit import LayerPlan, Plan, QuantSpec, VerificationError, compress
+from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
 from quantkit.cli import main
+from quantkit.comparison import compare_files
 from quantkit.emitters._builder import Builder
 from quantkit.errors import InputError
 from quantkit.graph import emit
 from quantkit.plan import save_plan
+from quantkit.report.types import Accuracy
 from quantkit.runtime.ort import Session, make_session
 from quantkit.types import Emitter, QuantizedWeight, Target
-from quantkit.verify import check_parity, check_repeatable, compare, compare_files
+from quantkit.verify import check_parity, check_repeatable, compare
 from tests.helpers import models
 
 RNG = np.random.default_rng(0)
@@ -175,3 +178,24 @@ def test_compare_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.size == paths["q"].stat().st_size
     with pytest.raises(InputError, match=r"are not the same model: inputs \['ids'\] and \['x'\]"):
         compare_files(paths["block"], paths["cnn"], calibration=data)
+    with pytest.raises(InputError, match="there is no data to compare the two models on; give calibration or eval"):
+        compare_files(paths["q"], paths["cnn"])
+
+
+def test_metric_of_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy on samples whose labels are the float model's classes, but for a quarter."""
+    models.quick(monkeypatch)
+    onnx.save(models.cnn(), tmp_path / "m.onnx")
+    images: Any = models.images(40)
+    compress(tmp_path / "m.onnx", bits=3, quantizer="rtn", activations="none").save(tmp_path / "q.onnx")
+    scores = {name: make_session(tmp_path / f"{name}.onnx").run(images)["y"] for name in "mq"}
+    labels = np.where(np.arange(40) % 4 == 0, -1, scores["m"].argmax(1))
+    np.savez(tmp_path / "e.npz", **images, labels=labels)
+    request = EvaluationRequest(CalibrationRequest(str(tmp_path / "e.npz")), "top1")
+    found = compare_files(tmp_path / "q.onnx", tmp_path / "m.onnx", evaluation=request)
+    kept = float((scores["q"].argmax(1) == labels).mean())
+    assert found.accuracy == Accuracy("top1", 0.75, pytest.approx(kept), 40) and found.samples == 40
+    assert 0 < kept < 0.75 and 0.03 < found.drop_error < 0.12
+    other = compare_files(tmp_path / "m.onnx", tmp_path / "m.onnx", calibration=models.images(8), evaluation=request)
+    assert other.samples == 8 and other.drop_error == 0
+    assert other.accuracy is not None and other.accuracy.before == other.accuracy.after == 0.75

@@ -130,5 +130,13 @@ def test_schema_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_undefined_figures_are_null() -> None:
     figures = {"sqnr": float("inf"), "cosine": float("nan"), "top1_agreement": None}
-    found = {"fidelity": figures, "samples": 1, "size": 1, "reference_size": 1, "timings": ()}
+    found: dict[str, Any] = {
+        "fidelity": figures,
+        "samples": 1,
+        "size": 1,
+        "reference_size": 1,
+        "timings": (),
+        "accuracy": None,
+    }
+    found["drop_error"] = 0.0
     validator("verify").validate(json.loads(to_json(found)))

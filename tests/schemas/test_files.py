@@ -11,6 +11,7 @@ import pytest
 
 from quantkit import plan as plans
 from quantkit.calibration.accumulators import SCHEMES
+from quantkit.comparison import FileComparison
 from quantkit.errors import InputError
 from quantkit.options import CALIBRATORS, INPUTS
 from quantkit.plandiff import PlanDiff
@@ -18,7 +19,6 @@ from quantkit.ranking import Sensitivity
 from quantkit.report.types import Report, Timing
 from quantkit.schemas import SUFFIX, load_schema, schema_names
 from quantkit.types import QuantSpec
-from quantkit.verify import FileComparison
 from tests.helpers.schemas import Output, build_schema
 
 FOLDER = Path(__file__).parents[2] / "quantkit" / "schemas"
