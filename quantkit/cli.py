@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import NoReturn
 
 from quantkit.commands import (
@@ -113,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = build_parser()
     try:
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.prog = f"quantkit {args.command or ''}".strip()  # whose help has them
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         args.argv = list(sys.argv[1:] if argv is None else argv)
         if args.command is None:
             parser.print_help(sys.stderr)
@@ -125,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     level = "DEBUG" if args.debug else "INFO" if args.verbose else None
     try:
-        with logging_to_stderr(level):
+        with logging_to_stderr(level), stopped_like_ctrl_c():
             return int(args.run(args))
     except BaseException as error:  # every failure becomes one sentence here; --debug shows the rest
         if isinstance(error, SystemExit | GeneratorExit):
@@ -134,6 +140,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_traceback(error)
         _complain(explain(error, getattr(args, "output", None)))
         return BAD_INPUT
+
+
+@contextmanager
+def stopped_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, by which job queues and containers stop a command, cleans up and explains itself as Ctrl-C does."""
+    mine = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def explain(error: BaseException, output: str | None) -> str:

@@ -9,12 +9,12 @@ from quantkit.calibration.data import CalibrationData
 from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.evaluation import Evaluation, open_evaluation
+from quantkit.graph.load import data_files
 from quantkit.report.types import Accuracy, Timing
 from quantkit.runtime.ort import Session, make_session
 from quantkit.verify import (
     Comparison,
     compare,
-    external_files,
     measure_timings,
     open_data,
     run_all,
@@ -97,4 +97,4 @@ def _judged(judge: Evaluation, quantized: Session) -> tuple[Accuracy, float]:
 
 def _size_on_disk(path: Path) -> int:
     """The file with the external data files that it names."""
-    return path.stat().st_size + sum(file.stat().st_size for file in external_files(path))
+    return path.stat().st_size + sum(file.stat().st_size for file in data_files(path))

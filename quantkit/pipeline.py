@@ -328,7 +328,9 @@ def finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Resu
         parity = check_parity(outputs, run_all(simulated, context.held_out.feeds), context.held_out.outputs)
     measured = replace(_measured(context, candidate, session, outputs, parity, few is not None), feed=few)
     report = build_report(context, budget, outcome, measured, run.untouched, run.name, origin)
-    return Result(model if files is None else without_notes(ir.load(written)), plan, report, outcome.allocation, files)
+    if files is not None:
+        model = without_notes(ir.load(written))
+    return Result(model, plan, report, outcome.allocation, files, context.loaded.weight_files)
 
 
 def _check_feed(context: Context, reference: Session) -> Feed | None:

@@ -30,6 +30,7 @@ class Result:
         report: what was measured.
         allocation: how bits were allocated: sensitivities, and the front of choices.
         files: where the weights of a large model lie until it is saved; None = in memory.
+        weight_files: the float model's external data, which are not written over.
     """
 
     model: ir.Model
@@ -37,13 +38,19 @@ class Result:
     report: Report
     allocation: Allocation = field(default_factory=lambda: Allocation({}))
     files: Scratch | None = None
+    weight_files: tuple[Path, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write the model; the final name appears only when the file is whole.
 
         Raises:
+            InputError: it would overwrite a file that holds the float model's weights.
             OSError: the folder cannot be written, or the disk is full.
         """
+        written = {Path(path).resolve(), Path(f"{path}.data").resolve()}
+        taken = written & {Path(file).resolve() for file in self.weight_files}
+        if taken:
+            raise InputError(f"{path} would overwrite {taken.pop()}, which holds weights of the float model; rename it")
         save(self.model, Path(path), None if self.files is None else self.files.folder)
 
     def __getstate__(self) -> dict[str, Any]:

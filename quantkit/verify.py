@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from quantkit import metrics
 from quantkit.calibration.data import CalibrationData, InputSpec, open_calibration
 from quantkit.calibration.request import CalibrationRequest
 from quantkit.errors import InputError, VerificationError
-from quantkit.graph._checks import read_proto
 from quantkit.report.types import Timing
 from quantkit.runtime.ort import Session, input_specs, time_sessions
 from quantkit.types import Array, Feed
@@ -168,18 +165,6 @@ def representative_feeds(feeds: Sequence[Feed]) -> list[Feed]:
     small, large = ordered[0], ordered[-1]
     same = all(small[name].shape == large[name].shape for name in small)
     return [large] if same else [small, large]
-
-
-def external_files(path: Path) -> set[Path]:
-    """The files beside a model that hold its weights."""
-    model = ir.from_proto(read_proto(path))
-    ir.external_data.set_base_dir(model.graph, path.parent)
-    return {
-        Path(value.const_value.path)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
 
 
 def open_data(

@@ -240,7 +240,7 @@ def test_an_error_without_a_number_is_internal() -> None:
         ("{model} --metric top1", "--metric needs held-out data: give --eval"),
         ("{model} --eval x.npz", "--eval needs to know what counts: give --metric"),
         ("{model} --target tpu", "argument --target: invalid choice: 'tpu'"),
-        ("{model} --avg 4", "unrecognized arguments: --avg 4; see quantkit --help"),
+        ("{model} --avg 4", "unrecognized arguments: --avg 4; see quantkit compress --help"),
         ("", "the following arguments are required: MODEL; see quantkit compress --help"),
     ],
 )

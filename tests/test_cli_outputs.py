@@ -16,7 +16,9 @@ from PIL import Image
 import quantkit
 from quantkit import cli, files
 from quantkit.allocation import _losses
+from quantkit.errors import InputError
 from quantkit.report.types import SensitivityRow
+from quantkit.runtime.ort import make_session
 from tests.helpers import models
 
 
@@ -98,11 +100,29 @@ def test_other_verbs_spare_data_too(here: Path, capsys: pytest.CaptureFixture[st
         assert "would overwrite the data of --calib: d.npz" in capsys.readouterr().err
 
 
-def test_a_folder_of_images_has_no_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loose_images_have_no_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--eval", "folder", "--metric", "top1", "--preprocess", "caffe", "--calib", "folder"]
     Image.new("RGB", (8, 8)).save("folder/picture.png")
     assert cli.main(["compress", "m.onnx", *asked]) == 2
-    assert "the metric needs labels, and a folder of images has none: give an .npz" in capsys.readouterr().err
+    assert "folder: the metric needs labels, and picture.png is in no class's sub-folder: give a folder with one" in (
+        capsys.readouterr().err
+    )
+
+
+def test_accuracy_on_class_folders(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The classes that the float model finds, as folders: nothing is wrong but one image in the wrong folder."""
+    session = make_session(here / "m.onnx")
+    rng = np.random.default_rng(1)
+    for place in range(12):
+        image = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        found = int(session.run({"x": image.transpose(2, 0, 1)[None].astype(np.float32)})["y"].argmax())
+        folder = Path("classes", str(found if place else (found + 1) % 10))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{place}.png")
+    judged = ["--eval", "classes", "--metric", "top1", "--preprocess", "raw", "--json", "-q"]
+    assert cli.main(["verify", "m.onnx", "--against", "m.onnx", *judged]) == 0
+    figures = json.loads(capsys.readouterr().out)["accuracy"]
+    assert figures == {"metric": "top1", "before": pytest.approx(11 / 12), "after": figures["before"], "samples": 12}
 
 
 def test_a_cache_that_cannot_be_made_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,3 +194,21 @@ def test_verify_and_apply_measure_the_metric_too(here: Path, capsys: pytest.Capt
     assert re.search(rf"top1 +{found['before']:.6g} > {found['after']:.6g} \(drop ", shown.err)
     assert cli.main(["apply", "m.onnx", "p.json", "--calib", "d.npz", "-o", "a.onnx", *judged, "--json", "-q"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == found
+
+
+def test_saving_spares_the_float_weights(here: Path) -> None:
+    onnx.save(models.cnn(), "float.onnx", save_as_external_data=True, location="float.q.onnx.data", size_threshold=16)
+    kept = Path("float.q.onnx.data").read_bytes()
+    found = quantkit.compress("float.onnx", bits=(8,))
+    for name in ("float.q.onnx", "float.q.onnx.data"):
+        with pytest.raises(InputError, match=rf"{name} would overwrite .*float\.q\.onnx\.data, which holds weights of"):
+            found.save(name)
+    assert Path("float.q.onnx.data").read_bytes() == kept
+    found.save("other.onnx")
+
+
+def test_a_quantized_model_is_told_from_a_float_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantkit.compress("m.onnx", bits=(8,)).save("q.onnx")
+    for model, told in (("q.onnx", True), ("m.onnx", False)):
+        assert cli.main(["inspect", model]) == 0
+        assert ("note: this model was quantized before" in capsys.readouterr().err) is told

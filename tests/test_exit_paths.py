@@ -358,14 +358,16 @@ def folder(bench: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_ctrl_c_during_calibration(folder: Path) -> None:
-    code, errors, _ = stopped(folder, signal.SIGINT, WAIT_IN_CALIBRATION, "--calib", "rows.npz", "--quiet")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_during_calibration(number: int, folder: Path) -> None:
+    code, errors, _ = stopped(folder, number, WAIT_IN_CALIBRATION, "--calib", "rows.npz", "--quiet")
     assert (code, errors) == (2, "quantkit: error: interrupted; no half-written file is left\n")
     assert visible(folder) == []
 
 
-def test_ctrl_c_during_the_write(folder: Path) -> None:
-    code, errors, files = stopped(folder, signal.SIGINT, WAIT_IN_WRITE, "--quiet")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_during_the_write(number: int, folder: Path) -> None:
+    code, errors, files = stopped(folder, number, WAIT_IN_WRITE, "--quiet")
     assert (code, errors) == (2, "quantkit: error: interrupted; no half-written file is left\n")
     assert len(files) == 1 and files[0].startswith(".out.onnx.")
     assert visible(folder) == []

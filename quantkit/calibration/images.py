@@ -18,6 +18,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF")
 """Whatever a file is called, no other decoder opens it: some of Pillow's start other programs."""
 
+MOST_DIGITS = 9
+"""Longer names of folders are no classes' numbers."""
+
 
 def find_images(folder: Path) -> list[Path]:
     """The images of a folder and of its sub-folders (one level, as for classes), sorted by path."""
@@ -27,6 +30,32 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(visible, key=lambda file: file.relative_to(folder).parts)
 
 
+def class_labels(folder: Path, files: Sequence[Path]) -> Array:
+    """int64 [files]: the class that each image's sub-folder stands for.
+
+    Sub-folders called by whole numbers are those classes; else classes are the sub-folders in the order of their names,
+    empty ones too.
+
+    Raises:
+        InputError: an image is in no sub-folder, or two sub-folders are the same number.
+    """
+    loose = [file for file in files if file.parent == folder]
+    if loose:
+        raise InputError(
+            f"{folder}: the metric needs labels, and {loose[0].name} is in no class's sub-folder: give a folder with "
+            "one sub-folder for each class, an .npz file with 'labels' and the images, uint8 [samples, H, W, 3], or "
+            "MODULE:FUNCTION"
+        )
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    if all(name.isascii() and name.isdigit() and len(name) <= MOST_DIGITS for name in names):
+        numbers = {name: int(name) for name in names}
+        if len(set(numbers.values())) < len(names):
+            raise InputError(f"{folder}: two sub-folders are the same class's number, among {', '.join(names[:8])}")
+    else:
+        numbers = {name: place for place, name in enumerate(names)}
+    return np.array([numbers[file.parent.name] for file in files], np.int64)
+
+
 def image_samples(folder: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None) -> Samples:
     files = find_images(folder)
     if not files:
@@ -34,11 +63,8 @@ def image_samples(folder: Path, inputs: Sequence[InputSpec], preprocess: Preproc
             f"{folder} holds no images ({', '.join(SUFFIXES)}) and no test_data_set_*/input_*.pb, "
             "neither itself nor one level below"
         )
-    if any(spec.name == LABELS for spec in inputs):
-        raise InputError(
-            f"{folder}: the metric needs labels, and a folder of images has none: give an .npz file with "
-            "the images, uint8 [samples, H, W, 3], and 'labels', or MODULE:FUNCTION"
-        )
+    labels = class_labels(folder, files) if any(spec.name == LABELS for spec in inputs) else None
+    inputs = [spec for spec in inputs if spec.name != LABELS]
     if len(inputs) != 1:
         raise InputError(
             f"{folder}: images can serve a model with one input only; the model's inputs are {list_inputs(inputs)}"
@@ -49,7 +75,8 @@ def image_samples(folder: Path, inputs: Sequence[InputSpec], preprocess: Preproc
 
     def load(indices: Sequence[int]) -> Feed:
         images = [fitted.apply(read_image(files[index])) for index in indices]
-        return {inputs[0].name: stack_images(images, str(folder))}
+        feed = {inputs[0].name: stack_images(images, str(folder))}
+        return feed if labels is None else {**feed, LABELS: labels[list(indices)]}
 
     return Samples(str(folder), len(files), load)
 

@@ -211,11 +211,11 @@ def existing_file(text: str) -> Path:
 
 def keep_external(outputs: Mapping[str, Path | None], model: Path) -> None:
     """Refuse to write over files that hold the model's weights."""
-    from quantkit.verify import external_files
+    from quantkit.graph.load import data_files
 
     files: set[Path] = set()
     with suppress(Exception):  # a model that cannot be read is explained when it is loaded
-        files = {file.resolve() for file in external_files(model)}
+        files = {file.resolve() for file in data_files(model)}
     for option, path in outputs.items():
         if path is None:
             continue

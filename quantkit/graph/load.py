@@ -28,6 +28,12 @@ BROKEN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeE
 """What the passes raise on models that no operator's schema allows."""
 
 
+ALREADY = (
+    "this model was quantized before: figures compare with it, not with the float model that it came from; start from "
+    "that one for the best result"
+)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready for the pass.
@@ -39,6 +45,7 @@ class LoadedModel:
             memory, the bytes of its tensors and of the rest of the graph once serialised.
         digest: sha256, in hexadecimal, of the original's content, external data included.
         notes: what normalisation did that a user should know, one short sentence each.
+        weight_files: external data files of the original.
     """
 
     model: ir.Model
@@ -46,6 +53,7 @@ class LoadedModel:
     size: int
     digest: str
     notes: tuple[str, ...]
+    weight_files: tuple[Path, ...] = ()
 
 
 def load_model(model: str | Path | onnx.ModelProto | ir.Model, *, opset: int = 21) -> LoadedModel:
@@ -66,10 +74,11 @@ def load_model(model: str | Path | onnx.ModelProto | ir.Model, *, opset: int = 2
         _check_versions(opened, where)
         check_attributes(opened, where)
         spare = _copy(opened, where)
+        files = tuple(sorted(external_files(opened)))
         try:
             normalised, notes = normalize(opened, opset, where)
             _checks.check_weights(normalised, where)
-            return LoadedModel(normalised, source, size, digest, (*notes, *_weight_notes(normalised)))
+            return LoadedModel(normalised, source, size, digest, (*notes, *_weight_notes(normalised)), files)
         except InputError:
             raise
         except BROKEN as error:
@@ -112,9 +121,26 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def data_files(path: Path) -> set[Path]:
+    """The files beside a model's file that hold its weights, and no weight read."""
+    model = ir.from_proto(_checks.read_proto(path))
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return external_files(model)
+
+
+def external_files(model: ir.Model) -> set[Path]:
+    """The files beside a model that hold its weights."""
+    return {
+        Path(value.const_value.path)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+
+
 def _weight_notes(model: ir.Model) -> list[str]:
     """Properties of the weights that keep the pass from them."""
-    notes = []
+    notes = [ALREADY] if "quantkit.plan" in model.metadata_props else []
     overridable = sum(value.is_initializer() for value in model.graph.inputs)
     if overridable:
         notes.append(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from quantkit.calibration.data import InputSpec, open_calibration
-from quantkit.calibration.images import find_images, read_image
+from quantkit.calibration.images import class_labels, find_images, read_image
 from quantkit.errors import InputError
 
 MODEL = [InputSpec("image", np.dtype(np.float32), ("batch", 3, 6, 6))]
@@ -40,6 +40,44 @@ def test_class_folders_one_level_deep(tmp_path: Path) -> None:
     for name, value in (("dog/a.png", 2), ("cat/z.png", 1), ("dog/deep/x.png", 5), (".cache/y.png", 6)):
         save(tmp_path / name, value)
     assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["cat/z.png", "dog/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        (("dog", "cat", "eel"), {"cat": 0, "dog": 1, "eel": 2}),
+        (("10", "9", "0"), {"10": 10, "9": 9, "0": 0}),
+        (("007", "3"), {"007": 7, "3": 3}),
+        (("10", "9", "x"), {"10": 0, "9": 1, "x": 2}),
+        (("n02", "n01", "1234567890"), {"1234567890": 0, "n01": 1, "n02": 2}),
+    ],
+)
+def test_labels_of_class_folders(folders: tuple[str, ...], labels: dict[str, int], tmp_path: Path) -> None:
+    for name in folders:
+        save(tmp_path / name / "a.png", 1)
+        save(tmp_path / name / "b.png", 2)
+    (tmp_path / ".hidden").mkdir()
+    files = find_images(tmp_path)
+    found = class_labels(tmp_path, files)
+    assert found.dtype == np.int64
+    assert found.tolist() == [labels[file.parent.name] for file in files] and len(files) == 2 * len(folders)
+
+
+def test_a_class_without_images_counts(tmp_path: Path) -> None:
+    save(tmp_path / "b" / "1.png", 1)
+    (tmp_path / "a").mkdir()
+    data = open_calibration(
+        tmp_path, [*MODEL, InputSpec("labels", np.dtype(np.int64), ("batch",))], preprocess="raw", batch_size=1
+    )
+    (feed,) = data
+    assert feed["labels"].tolist() == [1] and feed["labels"].dtype == np.int64 and set(feed) == {"image", "labels"}
+
+
+def test_two_folders_of_one_class(tmp_path: Path) -> None:
+    for name in ("7", "007"):
+        save(tmp_path / name / "a.png", 1)
+    with pytest.raises(InputError, match=r"two sub-folders are the same class's number, among 007, 7"):
+        class_labels(tmp_path, find_images(tmp_path))
 
 
 def test_every_nth_image(tmp_path: Path) -> None:
