@@ -120,6 +120,7 @@ def study_of(args: Namespace, folder: Path) -> Study:
     """The network that --model names."""
     plain: dict[str, Any] = {"activations": "none"} if args.activations == "none" else {}
     plain |= {"cache": args.cache} if args.cache else {}
+    plain |= {"quantizer": args.quantizer} if args.quantizer != "auto" else {}
     if args.model == "resnet20":
         test = cifar10_test(args.data)
         request = CalibrationRequest(cifar10_calibration(args.data), preprocess="cifar10")
@@ -154,6 +155,7 @@ def compare_allocators(
     ledger = Ledger(context)
     recipe = Recipe("mse" if context.histograms else "minmax")
     kind = "weights only" if context.options.activations == "none" else "default activations"
+    kind += "" if context.options.quantizer == "auto" else f" by {context.options.quantizer}"
     for average in bits:
         limit, fixed = None, 0
         for name in ("uniform", *(name for name in names if name != "uniform")):
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, help="the exported sentence encoder")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, or the folder that holds it")
     parser.add_argument("--activations", choices=("auto", "none"), default="none")
+    parser.add_argument("--quantizer", default="auto", help="who rounds (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="file to append results to")
     parser.add_argument("--bits", default=",".join(map(str, BITS)), help="averages to compare at")
     parser.add_argument("--allocators", default=None, help=f"default: {','.join(ALLOCATORS)}")

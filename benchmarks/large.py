@@ -3,9 +3,12 @@
 python -m benchmarks.large --size 6GB --width 4096 --folder /data
 python -m benchmarks.large --size 3GB --width 2048 --folder /data --quantizer gptq --set gptq.rounds=0
 python -m benchmarks.large --size 6GB --width 4096 --folder /data --nncf /path/to/python
+python -m benchmarks.large --size 6GB --width 4096 --folder /data --cgroup /sys/fs/cgroup/memory/two-gigabytes
 
 Memory is what the page cache is not: anonymous and shared pages of all processes of a contestant together, looked at
 twenty times a second. Writing is measured where the result is written, and the disk right before, in the same folder.
+With --cgroup contestants run in a control group whose limit somebody has set: it counts the page cache too, so that a
+model larger than the limit is a model larger than memory.
 """
 
 from __future__ import annotations
@@ -106,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quantizer", default="rtn")
     parser.add_argument("--set", action="append", default=[], help="METHOD.SETTING=VALUE of ours")
     parser.add_argument("--most", default="18GB", help="address space of a peer: what it may take of this machine")
+    parser.add_argument("--cgroup", type=Path, help="folder of a memory control group to run in")
     parser.add_argument("--nncf", help="an interpreter that has NNCF installed")
     parser.add_argument("--only", action="append", help="contestants whose name contains this")
     parser.add_argument("--out", type=Path, help="file to append results to")
@@ -145,7 +149,8 @@ def measure(
     rate = disk_rate(args.folder)
     model, calibration, settings = given
     most = None if code is OURS else parse_bytes(args.most, "--most")
-    used = watch([interpreter, "-c", code, json.dumps([model, str(output), calibration, settings])], most)
+    command = [interpreter, "-c", code, json.dumps([model, str(output), calibration, settings])]
+    used = watch(command, most, args.cgroup)
     return used, rate, file_size(output) if output.exists() and not used.error else None
 
 
@@ -163,14 +168,15 @@ def disk_rate(folder: Path) -> float:
     return PROBE / seconds
 
 
-def watch(command: Sequence[str], most: int | None = None) -> Use:
+def watch(command: Sequence[str], most: int | None = None, cgroup: Path | None = None) -> Use:
     """Run a command and look at the memory of its processes.
 
     Args:
         most: bytes of address space that it may take; None = as much as it wants.
+        cgroup: control group to run in.
     """
     start, own, mapped = time.perf_counter(), 0, 0
-    limit = None if most is None else partial(resource.setrlimit, resource.RLIMIT_AS, (most, most))
+    limit = partial(_enter, most, cgroup)
     with TemporaryFile("w+") as out, TemporaryFile("w+") as complaint:  # a pipe would fill, and nobody reads it
         process = subprocess.Popen(command, stdout=out, stderr=complaint, preexec_fn=limit)
         while process.poll() is None:
@@ -184,6 +190,20 @@ def watch(command: Sequence[str], most: int | None = None) -> Use:
     error = (lines[-1] if lines else f"exit code {process.returncode}") if failed else ""
     told = {} if failed else json.loads(texts[0].splitlines()[-1])
     return Use(seconds, own * 1024 / 1e6, mapped * 1024 / 1e6, told, error)
+
+
+def _enter(most: int | None, cgroup: Path | None) -> None:
+    """In the process that is about to become the command."""
+    if most is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    if cgroup is not None:
+        (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def cgroup_limit(cgroup: Path) -> int:
+    """Bytes that a control group allows, page cache included; of version 1 or 2."""
+    files = [file for file in (cgroup / "memory.max", cgroup / "memory.limit_in_bytes") if file.exists()]
+    return int(files[0].read_text())
 
 
 def _tree(pid: int) -> list[int]:
@@ -214,6 +234,7 @@ def _memory(pid: int) -> tuple[int, int]:
 def append_record(args: argparse.Namespace, name: str, model: Path, measured: tuple[Use, float, int | None]) -> None:
     used, rate, size = measured
     details: dict[str, object] = {"mapped_mb": used.mapped_mb, "disk MB/s": rate / 1e6, "float bytes": file_size(model)}
+    details |= {"memory limit": cgroup_limit(args.cgroup)} if args.cgroup else {}
     writing = used.told.get("seconds writing")
     if writing and size:
         details |= {"written MB/s": size / writing / 1e6, "share of the disk's rate": size / writing / rate}

@@ -202,7 +202,7 @@ def main() -> None:
     where = environment(1)
     with TemporaryDirectory(prefix="quantkit-benchmark-") as folder:
         for name in args.models.split(","):
-            settings: Mapping[str, Any] = {**vars(args), "model": name, "activations": "auto"}
+            settings: Mapping[str, Any] = {**vars(args), "model": name, "activations": "auto", "quantizer": "auto"}
             study = study_of(Namespace(**settings), Path(folder))
             records = measure(study, args, args.cache or Path(folder), where)
             append_records(args.out, records)
