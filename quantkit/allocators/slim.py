@@ -22,6 +22,7 @@ import numpy as np
 from quantkit.allocators._drop import SPARE_ERRORS, keeps
 from quantkit.allocators._ilp import Limit, choose
 from quantkit.allocators._lagrangian import choose_many, fill
+from quantkit.allocators._table import predicted_ms
 from quantkit.errors import InputError
 from quantkit.quantizers import _grid, _salience
 from quantkit.quantizers.mse import MSE
@@ -73,6 +74,32 @@ class Slim:
         return self._within(problem, averages[high])
 
     def _within(self, problem: AllocationProblem, average: float) -> dict[str, QuantSpec]:
+        """The least predicted loss up to an average width within size, bit operations and predicted time.
+
+        Operations and time depend on what a whole layer is stored as, so they do not add up over groups: the average is
+        halved towards the narrowest width until they hold. A time that the narrowest misses too is left to the forms.
+        """
+        found = self._at(problem, average)
+        if _computes_within(problem, found):
+            return found
+        narrow = self._at(problem, float(min(spec.bits for specs in problem.candidates.values() for spec in specs)))
+        if not _computes_within(problem, narrow):
+            problem = replace(problem, milliseconds=None)
+            if not _computes_within(problem, narrow):
+                return narrow
+            if _computes_within(problem, found):
+                return found
+        low, high = _average(problem, narrow), average
+        for _ in range(REPAIRS):
+            middle = (low + high) / 2
+            tried = self._at(problem, middle)
+            if _computes_within(problem, tried):
+                narrow, low = tried, middle
+            else:
+                high = middle
+        return narrow
+
+    def _at(self, problem: AllocationProblem, average: float) -> dict[str, QuantSpec]:
         """The least predicted loss at an average width, and within the size that the budget allows."""
         base = _uniform(problem, average)
         if all(spec == problem.candidates[name][0] for name, spec in base.items()):
@@ -260,6 +287,17 @@ def _average(problem: AllocationProblem, specs: Mapping[str, QuantSpec]) -> floa
     shapes = {name: problem.targets[name].shape for name in specs}
     bits = sum(spec.average_bits(shapes[name][1]) * shapes[name][0] * shapes[name][1] for name, spec in specs.items())
     return bits / sum(rows * columns for rows, columns in shapes.values())
+
+
+def _computes_within(problem: AllocationProblem, specs: Mapping[str, QuantSpec]) -> bool:
+    """Whether bit operations and predicted time keep their budgets."""
+    budget, targets = problem.budget, problem.targets
+    if budget.max_bops is not None and problem.bops is not None:
+        most = budget.max_bit_operations(sum(problem.bops(targets[name], None) for name in specs))
+        if most is not None and sum(problem.bops(targets[name], spec) for name, spec in specs.items()) > most:
+            return False
+    time = predicted_ms(problem, specs)
+    return time is None or time <= (budget.max_latency or 0.0) * (problem.model_ms or 0.0)
 
 
 def _bytes(problem: AllocationProblem, specs: Mapping[str, QuantSpec]) -> int:

@@ -146,6 +146,56 @@ def test_both_budgets_hold() -> None:
     assert average(tight) <= 3
 
 
+def operations(item: Target, spec: QuantSpec | None) -> int:
+    weights = SHAPES[item.name][0] * SHAPES[item.name][1]
+    return round(32 * weights * (32 if spec is None else spec.average_bits(SHAPES[item.name][1])))
+
+
+def time_of(item: Target, spec: QuantSpec | None) -> float:
+    """Milliseconds: what is 4 bits or narrower throughout is twice as fast; a tenth is gained below 8."""
+    if spec is None:
+        return 1.0
+    widest = int(spec.widths(SHAPES[item.name][1]).max())
+    return 0.5 if widest <= 4 else 0.9 if widest < 8 else 1.0
+
+
+@pytest.mark.parametrize("share", [0.08, 0.11, 0.17, 0.24])
+def test_bit_operations_are_met_and_used(share: float) -> None:
+    whole = sum(operations(item, None) for item in problem(Budget()).targets.values())
+    budget = Budget(max_bops=round(share * whole))
+    made = problem(budget, bops=operations)
+    found = Slim().allocate(made)
+    count = sum(operations(made.targets[name], spec) for name, spec in found.items())
+    assert 0.95 * share * whole < count <= share * whole
+    assert loss(found) <= loss(dict.fromkeys(SHAPES, QuantSpec(int(32 * share), 16))) * 1.01
+
+
+def test_operations_that_cannot_be_kept_get_the_narrowest() -> None:
+    made = problem(Budget(max_bops=10), bops=operations)
+    assert Slim().allocate(made) == dict.fromkeys(SHAPES, QuantSpec(2, 16))
+
+
+def test_a_predicted_time_is_kept() -> None:
+    made = problem(Budget(avg_bits=6, max_latency=0.6), milliseconds=time_of, model_ms=3.0)
+    found = Slim().allocate(made)
+    assert sum(time_of(made.targets[name], spec) for name, spec in found.items()) <= 0.6 * 3
+    assert average(found) > 3
+    corrected = replace(made, correction=0.8, budget=Budget(avg_bits=6, max_latency=0.75))
+    wider = Slim().allocate(corrected)
+    assert 0.8 * sum(time_of(made.targets[name], spec) for name, spec in wider.items()) <= 0.75 * 3
+    assert average(wider) > average(found)
+
+
+def test_a_time_that_nothing_keeps_costs_no_bits() -> None:
+    plain = problem(Budget(avg_bits=5))
+    made = replace(plain, budget=Budget(avg_bits=5, max_latency=0.1), milliseconds=time_of, model_ms=3.0)
+    assert Slim().allocate(made) == Slim().allocate(plain)
+    whole = sum(operations(item, None) for item in made.targets.values())
+    both = replace(made, bops=operations, budget=replace(made.budget, max_bops=round(0.11 * whole)))
+    found = Slim().allocate(both)
+    assert 0.1 * whole < sum(operations(made.targets[name], spec) for name, spec in found.items()) <= 0.11 * whole
+
+
 def test_without_a_budget_all_is_8_bits_and_nothing_is_computed() -> None:
     def refuse(item: Target, spec: QuantSpec) -> QuantizedWeight:
         raise AssertionError("there is nothing to choose")
