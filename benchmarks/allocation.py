@@ -33,7 +33,7 @@ from benchmarks.data import (
     sentences,
     write_calibration_text,
 )
-from benchmarks.harness import Environment, Record, append_records, environment
+from benchmarks.harness import Environment, Record, append_records, environment, read_records
 from quantkit import metrics
 from quantkit.allocators._judge import assignments, judge
 from quantkit.allocators._table import Estimator, joined, losses, scored, units_of, weights_of
@@ -154,8 +154,7 @@ def compare_allocators(
     context = context_of(study, names)
     ledger = Ledger(context)
     recipe = Recipe("mse" if context.histograms else "minmax")
-    kind = "weights only" if context.options.activations == "none" else "default activations"
-    kind += "" if context.options.quantizer == "auto" else f" by {context.options.quantizer}"
+    kind = kind_of(context.options.activations, context.options.quantizer)
     for average in bits:
         limit, fixed = None, 0
         for name in ("uniform", *(name for name in names if name != "uniform")):
@@ -246,6 +245,22 @@ def compare_estimators(study: Study, names: Sequence[str], average: float, where
     return records
 
 
+def kind_of(activations: str, quantizer: str) -> str:
+    kind = "weights only" if activations == "none" else "default activations"
+    return kind if quantizer == "auto" else f"{kind} by {quantizer}"
+
+
+def measured_before(args: Namespace) -> list[Record]:
+    """The newest row of each setting in --drawn."""
+    kind = kind_of(args.activations, args.quantizer)
+    wanted = [
+        record
+        for record in read_records(args.drawn)
+        if record.benchmark == f"allocation-{args.model}" and record.setting.split(", ")[1] == kind
+    ]
+    return list({record.setting: record for record in wanted}.values())
+
+
 def plot(records: Sequence[Record], path: Path) -> None:
     """Nats against average bits, one curve for each allocator."""
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -270,7 +285,11 @@ def main() -> None:
     parser.add_argument("--estimators", action="store_true", help="judge the estimators instead")
     parser.add_argument("--cache", type=Path, help="folder for quantized layers, which the next run finds again")
     parser.add_argument("--plot", type=Path, help="picture of the curves")
+    parser.add_argument("--drawn", type=Path, help="results to draw with --plot, instead of measuring")
     args = parser.parse_args()
+    if args.drawn is not None:
+        plot(measured_before(args), args.plot)
+        return
     where = environment(1)
     names = tuple((args.allocators or ",".join(ESTIMATORS if args.estimators else ALLOCATORS)).split(","))
     bits = [float(item) for item in args.bits.split(",")]

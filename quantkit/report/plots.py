@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 NAME_WIDTH = 40
 ROW_INCHES = 0.22
 DOTS_PER_INCH = 120
+MARKERS = "osD^vPX<>hp"
+"""Eleven, for ten colours: no two curves look alike before the hundred and tenth."""
 
 
 def plot_sensitivity(found: Sensitivity, at: int, path: Path) -> None:
@@ -58,7 +60,7 @@ def plot_sensitivity(found: Sensitivity, at: int, path: Path) -> None:
 def plot_curves(
     curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, title: str, path: Path, log: bool = True
 ) -> None:
-    """Lines of points (x, y), one for each name.
+    """Lines of points (x, y), one for each name; the last one, thick and black, is the one that matters.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -66,9 +68,18 @@ def plot_curves(
     """
     figure = new_figure(8.0, 5.0)
     axes = figure.add_subplot()
-    for name, points in curves.items():
+    for place, (name, points) in enumerate(curves.items()):
         ordered = sorted(points)
-        axes.plot([point[0] for point in ordered], [point[1] for point in ordered], marker="o", label=name)
+        last = place == len(curves) - 1
+        axes.plot(
+            [point[0] for point in ordered],
+            [point[1] for point in ordered],
+            marker=MARKERS[place % len(MARKERS)],
+            markersize=5,
+            color="black" if last else f"C{place % 10}",
+            linewidth=2.0 if last else 1.0,
+            label=name,
+        )
     if log:
         axes.set_yscale("log")
     axes.set_xlabel(x)
