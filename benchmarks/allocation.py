@@ -263,7 +263,8 @@ def measured_before(args: Namespace) -> list[Record]:
 
 def plot(records: Sequence[Record], path: Path) -> None:
     """Nats against average bits, one curve for each allocator."""
-    curves: dict[str, list[tuple[float, float]]] = {}
+    names = {str(record.details["allocator"]) for record in records}
+    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in ALLOCATORS if name in names}
     for record in records:
         name = str(record.details["allocator"])
         curves.setdefault(name, []).append((record.details["average_bits"], record.accuracy["nats"]))
