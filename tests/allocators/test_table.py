@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from quantkit.allocators._ilp import Limit, Solution, solve_choice, total
@@ -19,14 +16,11 @@ from quantkit.allocators._table import (
     CAP,
     DOUBT,
     Allocation,
-    Scores,
-    Unit,
     again,
     allocate_by,
     amounts,
     choice_of,
     code_bits,
-    front,
     impossible,
     joined,
     limits,
@@ -38,73 +32,19 @@ from quantkit.allocators._table import (
     units_of,
 )
 from quantkit.budget import Budget
-from quantkit.types import AllocationProblem, Layout, Measurement, QuantSpec, Target, Use
-
-SHAPES = {"a": (32, 96), "b": (16, 32), "c": (48, 48), "d": (8, 64)}
-WEIGHTS = sum(rows * columns for rows, columns in SHAPES.values())
-WIDTHS = (2, 3, 4, 6, 8)
-FIXED = 777
-
-
-def target(name: str, shape: tuple[int, int]) -> Target:
-    data, weight = ir.val("x"), ir.val("w", const_value=ir.tensor(np.zeros(shape[::-1], np.float32)))
-    use = Use(ir.node("MatMul", [data, weight]), 1, 0)
-    return Target(name, "MatMul", (use,), weight, shape, 1, Layout(shape[::-1], shape[::-1], (1, 0)))
-
-
-def size(item: Target, spec: QuantSpec) -> int:
-    """Odd on purpose: no multiple of anything."""
-    return item.shape[0] * item.shape[1] * spec.bits // 8 + 13
-
-
-def refuse(*_: object) -> Any:
-    raise AssertionError("not to be asked for")
-
-
-def make(budget: Budget, *, widths: Mapping[str, Sequence[int]] | None = None, **changes: Any) -> AllocationProblem:
-    bits = widths or dict.fromkeys(SHAPES, WIDTHS)
-    fields: dict[str, Any] = {
-        "targets": {name: target(name, shape) for name, shape in SHAPES.items()},
-        "stats": {},
-        "candidates": {name: tuple(QuantSpec(width, 16) for width in reversed(bits[name])) for name in bits},
-        "budget": budget,
-        "size": size,
-        "float_size": 4 * WEIGHTS + FIXED,
-        "fixed_size": FIXED,
-        "quantize": refuse,
-        "evaluate": refuse,
-    }
-    return AllocationProblem(**{**fields, **changes})
-
-
-def table_of(units: Sequence[Unit], seed: int = 0) -> dict[str, tuple[float, ...]]:
-    """Losses that fall about fourfold with each bit, of very different layers."""
-    rng = np.random.default_rng([seed, 5])
-    return {
-        unit.name: tuple(
-            float(10 ** rng.uniform(-3, 2) * 4.0 ** -unit.bits(option) * rng.uniform(0.8, 1.2))
-            for option in range(len(unit.options))
-        )
-        for unit in units
-    }
-
-
-class Fixed:
-    """An estimator that knows its table and how often it was asked."""
-
-    def __init__(self, *, nats: bool = True, seed: int = 0) -> None:
-        self.nats, self.seed, self.asked = nats, seed, 0
-
-    def scores(self, problem: AllocationProblem, units: Sequence[Unit]) -> Scores:
-        self.asked += 1
-        return Scores(table_of(units, self.seed), "made up", nats=self.nats, notes=("a note",))
-
-
-def every_choice(units: Sequence[Unit]) -> list[tuple[int, ...]]:
-    return list(itertools.product(*(range(len(unit.options)) for unit in units)))
-
-
-# --- Units
+from quantkit.types import AllocationProblem, QuantSpec, Target
+from tests.allocators.tables import (
+    FIXED,
+    SHAPES,
+    WEIGHTS,
+    WIDTHS,
+    Fixed,
+    every_choice,
+    file_bytes,
+    make,
+    size,
+    table_of,
+)
 
 
 def test_every_target_is_a_unit_with_its_widths_from_narrow_to_wide() -> None:
@@ -221,10 +161,6 @@ BUDGETS["all"] = (
         <= 0.65 * (made.model_ms or 0) * (1 + 1e-9)
     ),
 )
-
-
-def file_bytes(made: AllocationProblem, specs: Mapping[str, QuantSpec]) -> int:
-    return sum(size(made.targets[name], spec) for name, spec in specs.items())
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -374,83 +310,3 @@ def test_the_real_file_is_what_has_to_fit(overhead: int) -> None:
 
 
 # --- The front
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_front_is_monotone_and_ends_at_the_best_choice(seed: int) -> None:
-    made = make(Budget(avg_bits=5))
-    units = units_of(made)
-    table = losses(units, table_of(units, seed))
-    points = front(made, units, table)
-    assert len(points) >= 5
-    for before, after in itertools.pairwise(points):
-        assert before.size < after.size and before.loss > after.loss
-    for point in points:
-        choice = choice_of(units, point.specs)
-        assert choice is not None
-        assert point.size == FIXED + file_bytes(made, point.specs)
-        assert point.loss == pytest.approx(total(table, choice), rel=1e-12)
-        bits = sum(spec.bits * math.prod(SHAPES[name]) for name, spec in point.specs.items())
-        assert point.average_bits == pytest.approx(bits / WEIGHTS) and point.average_bits <= 5
-    assert {spec.bits for spec in points[0].specs.values()} == {2}
-    assert points[-1].specs == joined(units, solve(made, units, table))
-    # None of all choices is smaller and better than a point.
-    for choice in every_choice(units):
-        bytes_, loss = FIXED + file_bytes(made, joined(units, choice)), total(table, choice)
-        if bits_of(joined(units, choice)) <= 5:
-            assert not any(bytes_ <= point.size and loss < point.loss * (1 - 1e-9) for point in points)
-
-
-def bits_of(specs: Mapping[str, QuantSpec]) -> float:
-    return sum(spec.bits * math.prod(SHAPES[name]) for name, spec in specs.items()) / WEIGHTS
-
-
-# --- All of it
-
-
-def test_without_a_budget_everything_is_wide_and_nothing_is_estimated() -> None:
-    estimator = Fixed()
-    found = allocate_by(make(Budget()), "made", estimator)
-    assert {spec.bits for spec in found.values()} == {8} and set(found) == set(SHAPES) and len(found) == 4
-    assert estimator.asked == 0 and found.scores == {} and found.front == () and found.predicted is None
-
-
-def test_without_candidates_nothing_is_allocated() -> None:
-    found = allocate_by(make(Budget(avg_bits=4), widths=dict.fromkeys(SHAPES, ())), "made", Fixed())
-    assert dict(found) == {}
-
-
-@pytest.mark.parametrize("nats", [True, False])
-def test_the_reasons_come_with_the_choice(nats: bool) -> None:
-    made = make(Budget(avg_bits=4))
-    found = allocate_by(made, "made", Fixed(nats=nats))
-    units = units_of(made)
-    table = losses(units, table_of(units))
-    assert dict(found) == joined(units, solve(made, units, table)) == dict(found.front[-1].specs)
-    assert found.units == units and found.notes == ("a note",) and found.scores["made"].raw == table_of(units)
-    choice = choice_of(units, found)
-    assert choice is not None
-    assert found.predicted == (pytest.approx(total(table, choice)) if nats else None)
-
-
-def test_a_table_is_made_once_for_all_budgets_of_a_run() -> None:
-    estimator = Fixed()
-    known: dict[str, Any] = {}
-    first = allocate_by(make(Budget(avg_bits=4), known=known), "made", estimator)
-    second = allocate_by(make(Budget(avg_bits=3), known=known), "made", estimator)
-    assert estimator.asked == 1 and set(known) == {"made"}
-    assert bits_of(second) < bits_of(first) <= 4
-
-
-def test_an_accuracy_is_kept_by_measuring_points_of_the_front() -> None:
-    asked: list[Mapping[str, QuantSpec]] = []
-
-    def evaluate(specs: Mapping[str, QuantSpec], name: str = "") -> Measurement:
-        asked.append(specs)
-        return Measurement(0, 0.0, 0.05 if bits_of(specs) < 4.4 else 0.002, 1.0)
-
-    made = make(Budget(avg_bits=6, max_drop=0.01), evaluate=evaluate)
-    found = allocate_by(made, "made", Fixed())
-    averages = [point.average_bits for point in found.front]
-    assert bits_of(found) == pytest.approx(min(average for average in averages if average >= 4.4))
-    assert 1 <= len(asked) <= math.ceil(math.log2(len(averages) + 1)) + 2

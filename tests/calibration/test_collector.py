@@ -2,116 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 
 from quantkit.calibration import collector
-from quantkit.calibration.collector import Collected, Request, Settings, collect
-from quantkit.calibration.data import CalibrationData, open_calibration
+from quantkit.calibration.collector import Request, Settings, collect
+from quantkit.calibration.data import open_calibration
 from quantkit.calibration.pieces import Pieces
 from quantkit.calibration.rows import to_rows
 from quantkit.errors import InputError
-from quantkit.graph.load import load_model
-from quantkit.graph.targets import find_targets
 from quantkit.report.progress import SilentProgress
 from quantkit.runtime.ort import make_session
-from quantkit.types import Array, Feed, LayerStats, Target
+from quantkit.types import Array, Feed
 from quantkit.verify import session_inputs
-
-EVERYTHING = frozenset({"abs_mean", "mean", "square_mean", "gram", "rows"})
-PLENTY = 1 << 30
-CNN = """g (float[N,3,8,8] x) => (float[N,M] y, float[N,16,8,8] r) {
-    a = Conv<pads=[1,1,1,1]>(x, w1) r = Relu(a) b = Conv<group=2>(r, w2) c = Conv<group=2>(r, w3) d = Add(b, c)
-    m = GlobalAveragePool(d) f = Flatten(m) y = Gemm(f, w4) }"""
-SHAPES = {"w1": (16, 3, 3, 3), "w2": (16, 8, 3, 3), "w3": (16, 8, 3, 3), "w4": (16, 32)}
-
-
-class Network:
-    """A loaded model with its targets, and what collecting from it needs."""
-
-    def __init__(self, text: str, shapes: Mapping[str, tuple[int, ...]], **constants: Array) -> None:
-        proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {text}')
-        rng = np.random.default_rng(0)
-        arrays = {name: (rng.standard_normal(shape) / 4).astype(np.float32) for name, shape in shapes.items()}
-        for name, array in {**arrays, **constants}.items():
-            proto.graph.initializer.append(numpy_helper.from_array(array, name))
-        self.model = load_model(proto).model
-        self.targets: dict[str, Target] = find_targets(self.model)[0]
-
-    def open(self, arrays: Mapping[str, Array], batch: int | None = None) -> CalibrationData:
-        return open_calibration(dict(arrays), session_inputs(make_session(self.model)), batch_size=batch)
-
-    def collect(
-        self,
-        data: CalibrationData,
-        stats: frozenset[str] = EVERYTHING,
-        histograms: Mapping[str, str] | None = None,
-        limit: int = PLENTY,
-        seed: int = 0,
-    ) -> Collected:
-        request = Request(self.targets, stats, histograms or {})
-        return collect(self.model, data, request, Settings(limit, 1, seed), SilentProgress())
-
-    def values(self, feed: Feed) -> dict[str, Array]:
-        """Every float value of the main graph."""
-        copy = self.model.clone()
-        known = {str(value.name) for value in copy.graph.outputs}
-        copy.graph.outputs.extend(value for node in copy.graph for value in node.outputs if value.name not in known)
-        return {**feed, **make_session(copy).run(feed)}
-
-
-def images(count: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal((count, 3, 8, 8)).astype(np.float32)
-
-
-def rows_of(target: Target, value: Array) -> Array:
-    """[groups, T, K] of all positions."""
-    names = ("pads", "strides", "dilations", "transA")
-    attributes = {name: target.node.attributes[name].value for name in names if name in target.node.attributes}
-    return to_rows(
-        target.op,
-        value,
-        operand_shape=target.layout.operand_shape,
-        groups=target.groups,
-        attributes=attributes,
-        limit=None,
-        seed=0,
-    )
-
-
-def check(found: LayerStats, target: Target, value: Array) -> None:
-    rows = rows_of(target, value).astype(np.float64)
-    assert found.num_tokens == rows.shape[1]
-    assert (found.low, found.high) == (value.min(), value.max())
-    assert found.gram is not None and found.rows is not None
-    assert found.mean is not None and found.abs_mean is not None and found.square_mean is not None
-    np.testing.assert_allclose(found.mean, rows.mean(axis=1), rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(found.abs_mean, np.abs(rows).mean(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(found.square_mean, np.square(rows).mean(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(found.gram, rows.transpose(0, 2, 1) @ rows / rows.shape[1], rtol=1e-4, atol=1e-5)
-    seen = {row.astype(np.float32).tobytes() for row in rows[0]}
-    assert all(row.tobytes() in seen for row in found.rows[0])
-    assert found.rows.shape == (target.groups, min(rows.shape[1], collector.ROW_LIMIT), target.shape[1])
-
-
-def equal(first: Collected, second: Collected, rtol: float = 0.0) -> None:
-    assert first.stats.keys() == second.stats.keys() and first.histograms.keys() == second.histograms.keys()
-    for name, layer in first.stats.items():
-        for item in ("num_tokens", "low", "high", "abs_mean", "mean", "square_mean", "gram", "rows", "data_shapes"):
-            one, other = getattr(layer, item), getattr(second.stats[name], item)
-            if isinstance(one, np.ndarray):
-                np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol)
-            else:
-                assert one == other
-    for name, seen in first.histograms.items():
-        np.testing.assert_array_equal(seen.counts, second.histograms[name].counts)
-        np.testing.assert_array_equal(seen.edges, second.histograms[name].edges)
+from tests.calibration.networks import CNN, EVERYTHING, PLENTY, SHAPES, Network, check, equal, images
 
 
 @pytest.mark.parametrize("batch", [1, 4, 10])
@@ -245,101 +153,6 @@ def test_a_table_counts_what_it_looks_up() -> None:
     assert (table.num_tokens, table.low, table.high, table.gram, table.rows) == (35, 0.0, 0.0, None, None)
     assert table.data_shapes == {(2, 7): 2, (1, 7): 1}
     assert product.data_shapes == {(2, 7, 16): 2, (1, 7, 16): 1} and product.num_tokens == 35
-
-
-MASKED = """g (int64[N,T] ids, int64[N,T] attention_mask) => (float[N,T,M] y, float[N,M] z) {
-    e = Gather(table, ids) h = MatMul(e, w1) f = Unsqueeze(h, two) g = MatMul(f, w2) y = Squeeze(g, two)
-    one = Constant<value_int=0>() c = Gather<axis=1>(h, one) z = MatMul(c, w3) }"""
-
-
-def masked(name: str = "attention_mask", kind: str = "int64") -> Network:
-    text = MASKED.replace("attention_mask", name).replace(f"int64[N,T] {name}", f"{kind}[N,T] {name}")
-    shapes = {"table": (50, 16), "w1": (16, 32), "w2": (32, 24), "w3": (32, 20)}
-    return Network(text, shapes, two=np.array([2], np.int64))
-
-
-@pytest.mark.parametrize(("kind", "dtype"), [("int64", np.int64), ("bool", bool), ("int32", np.int32)])
-def test_padding_does_not_count(kind: str, dtype: type) -> None:
-    network = masked(kind=kind)
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 50, (6, 7))
-    mask = np.arange(7) < rng.integers(1, 8, (6, 1))
-    data = {"ids": ids, "attention_mask": mask.astype(dtype)}
-    found = network.collect(network.open(data, 2), histograms={"h": "h"})
-    values = network.values(data)
-    first, second, third = (name for name, target in network.targets.items() if target.op == "MatMul")
-    real = mask.sum()
-    assert 6 < real < 42
-    assert [found.stats[name].num_tokens for name in (first, second, third)] == [real, real, 6]
-    for name, rows in ((first, values["e"][mask]), (second, values["h"][mask]), (third, values["c"])):
-        layer, exact = found.stats[name], rows.astype(np.float64)
-        assert layer.gram is not None and layer.rows is not None
-        np.testing.assert_allclose(layer.gram[0], exact.T @ exact / len(rows), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(layer.mean, exact.mean(axis=0)[None], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(layer.abs_mean, np.abs(exact).mean(axis=0)[None], rtol=1e-4)
-        np.testing.assert_allclose(layer.square_mean, np.square(exact).mean(axis=0)[None], rtol=1e-4)
-        assert {row.tobytes() for row in layer.rows[0]} == {row.tobytes() for row in rows.astype(np.float32)}
-    # Ranges and shapes are those of the whole tensor: the model computes padding too.
-    assert (found.stats[second].low, found.stats[second].high) == (values["h"].min(), values["h"].max())
-    assert found.histograms["h"].counts.sum() == values["h"].size
-    assert found.stats[first].data_shapes == {(2, 7, 16): 3}
-
-
-def test_padding_twice_as_long_changes_no_gram() -> None:
-    network = masked()
-    ids = np.random.default_rng(0).integers(0, 50, (6, 7))
-    short = {"ids": ids, "attention_mask": np.ones_like(ids)}
-    long = {name: np.concatenate([array, np.zeros_like(array)], axis=1) for name, array in short.items()}
-    one, other = (network.collect(network.open(data, 3)) for data in (short, long))
-    for name, layer in one.stats.items():
-        if layer.gram is not None:
-            np.testing.assert_allclose(other.stats[name].gram, layer.gram, rtol=1e-6)  # type: ignore[arg-type]
-            assert other.stats[name].num_tokens == layer.num_tokens
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "mask"),
-    [
-        ("other", "int64", np.eye(6, 7, dtype=np.int64)),  # not called a mask
-        ("padding_mask", "bool", np.eye(6, 7, dtype=bool)),  # may be True at padding
-        ("mask", "float", np.eye(6, 7, dtype=np.float32)),  # may be something to add
-        ("mask", "int64", np.zeros((6, 7), np.int64)),  # nothing would be left
-    ],
-)
-def test_inputs_that_are_no_mask_leave_every_row(name: str, kind: str, mask: Array) -> None:
-    network = masked(name, kind)
-    found = network.collect(network.open({"ids": np.arange(42).reshape(6, 7), name: mask}, 3))
-    tokens = [found.stats[layer].num_tokens for layer, target in network.targets.items() if target.op == "MatMul"]
-    assert tokens == [42, 42, 6]
-
-
-def test_a_batch_of_padding_alone_counts_whole_and_others_by_their_mask() -> None:
-    network = masked()
-    mask = np.zeros((4, 7), np.int64)
-    mask[2, :3] = mask[3, :2] = 1
-    found = network.collect(network.open({"ids": np.arange(28).reshape(4, 7), "attention_mask": mask}, 2))
-    first = next(name for name, target in network.targets.items() if target.op == "MatMul")
-    assert found.stats[first].num_tokens == 14 + 5
-
-
-@pytest.mark.parametrize(
-    ("op", "shape", "rows"),
-    [
-        ("MatMul", (2, 3, 5), [True, True, False, True, False, False]),
-        ("Gemm", (2, 3, 5), [True, True, False, True, False, False]),
-        ("MatMul", (2, 3, 2, 5), [True] * 4 + [False] * 2 + [True] * 2 + [False] * 4),
-        ("MatMul", (2, 3), None),
-        ("MatMul", (3, 2, 5), None),
-        ("Conv", (2, 3, 5), None),
-        ("LSTM", (2, 3, 5), None),
-    ],
-)
-def test_which_rows_are_real(op: str, shape: tuple[int, ...], rows: list[bool] | None) -> None:
-    other = np.ones((2, 9), np.int64)
-    mask = np.array([[1, 1, 0], [2, 0, 0]])
-    found = collector.real_rows(op, shape, (other, mask))
-    assert (None if found is None else found.tolist()) == rows
-    assert collector.real_rows(op, shape, (np.ones((2, 3), bool),)) is None
 
 
 def test_a_recurrent_layer_is_seen_by_its_input_weight_only() -> None:

@@ -3,87 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-from quantkit.errors import InputError
 from quantkit.graph.load import load_model
 from quantkit.graph.rescale import apply_scales
-from quantkit.graph.scaling import Found, find_groups
+from quantkit.graph.scaling import find_groups
 from quantkit.graph.targets import find_targets
-from quantkit.runtime.ort import make_session
-from quantkit.types import Array
-from tests.helpers.models import block, build, cnn, images, random, tokens
-
-TOLERANCE = 1e-5
-
-
-def load(text: str, weights: Mapping[str, Array], **options: Any) -> ir.Model:
-    return load_model(build(text, weights, **options)).model
-
-
-def run(model: ir.Model, feed: Mapping[str, Array]) -> Array:
-    return np.asarray(next(iter(make_session(model, threads=1).run(dict(feed)).values())))
-
-
-def random_scales(found: Found, seed: int = 0) -> dict[str, Array]:
-    rng = np.random.default_rng(seed)
-    return {group.name: np.exp(rng.standard_normal(group.size)) for group in found.groups}
-
-
-def weight_bytes(model: ir.Model) -> int:
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-
-
-def check_same(model: ir.Model, feed: Mapping[str, Array], found: Found | None = None) -> ir.Model:
-    """Random scales in every group: the outputs stay, every reader's weight changes, nothing else does."""
-    found = found or find_groups(model)
-    assert found.groups
-    before = {str(value.name): value.const_value.tobytes() for value in initializers(model)}
-    scaled = apply_scales(model, found.groups, random_scales(found))
-    assert {str(value.name): value.const_value.tobytes() for value in initializers(model)} == before
-    assert scaled.opset_imports == model.opset_imports
-    assert {value.dtype for value in initializers(scaled)} == {value.dtype for value in initializers(model)}
-    wanted, got = run(model, feed), run(scaled, feed)
-    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
-    old, new = find_targets(model)[0], find_targets(scaled)[0]
-    assert list(old) == list(new)
-    for group in found.groups:
-        for name in set(group.readers) & set(old):
-            assert not np.allclose(old[name].load(), new[name].load(), rtol=0.05)
-    return scaled
-
-
-def initializers(model: ir.Model) -> list[Any]:
-    return list(model.graph.initializers.values())
-
-
-def readers(found: Found) -> list[tuple[str, list[str]]]:
-    return [(group.kind, list(group.readers)) for group in found.groups]
-
-
-NORM = """g (float[B,S,32] x, float[32] gain, float[32] shift, float[32,32] q, float[32,32] k, float[32,32] v)
-    => (float[B,S,32] y) {
-    n = LayerNormalization<axis=-1>(x, gain, shift)
-    a = MatMul(n, q)
-    b = MatMul(n, k)
-    c = MatMul(n, v)
-    s = Add(a, b)
-    y = Add(s, c)
-}"""
-
-
-def norm_weights(size: int = 32) -> dict[str, Array]:
-    vectors = {"gain": random(size, 1)[:, 0] + 2, "shift": random(size, 1, seed=1)[:, 0]}
-    return {**vectors, **{name: random(size, size, seed=place) for place, name in enumerate("qkv")}}
-
-
-def floats(*shape: int) -> Array:
-    return np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+from tests.graph.scaled import (
+    NORM,
+    attention,
+    check_same,
+    floats,
+    load,
+    norm_weights,
+    random_scales,
+)
+from tests.helpers.models import block, cnn, images, random, tokens
 
 
 def test_layer_normalization_to_all_of_its_readers() -> None:
@@ -130,52 +67,6 @@ def test_rms_normalization_in_every_spelling(spelling: str) -> None:
     found = find_groups(model)
     assert [(group.kind, len(group.readers)) for group in found.groups] == [("norm" if opset == 23 else "factor", 2)]
     check_same(model, {"x": floats(2, 3, 32)})
-
-
-ATTENTION = """g (float[B,S,32] x, float[32,32] q, float[32,16] k, float[32,16] v, float[16] bias, float[32,32] o,
-    int64[4] heads, int64[4] kv, int64[1] two, int64[5] wide, int64[4] all, int64[3] flat) => (float[B,S,32] y) {
-    q0 = MatMul(x, q)
-    q1 = Reshape<allowzero=0>(q0, heads)
-    q2 = Transpose<perm=[0,2,1,3]>(q1)
-    k0 = MatMul(x, k)
-    k1 = Reshape(k0, kv)
-    k2 = Transpose<perm=[0,2,1,3]>(k1)
-    k3 = Unsqueeze(k2, two)
-    k4 = Expand(k3, wide)
-    k5 = Reshape(k4, all)
-    k6 = Transpose<perm=[0,1,3,2]>(k5)
-    v0 = MatMul(x, v)
-    v00 = Add(v0, bias)
-    v1 = Reshape(v00, kv)
-    v2 = Transpose<perm=[0,2,1,3]>(v1)
-    v3 = Unsqueeze(v2, two)
-    v4 = Expand(v3, wide)
-    v5 = Reshape(v4, all)
-    s = MatMul(q2, k6)
-    p = Softmax<axis=-1>(s)
-    c = MatMul(p, v5)
-    c1 = Transpose<perm=[0,2,1,3]>(c)
-    c2 = Reshape(c1, flat)
-    y = MatMul(c2, o)
-}"""
-
-
-def attention(kv_heads: int = 2) -> ir.Model:
-    """4 query heads of 8, `kv_heads` heads of keys and values."""
-    width = 8 * kv_heads
-    sizes = (32, width, width, 32)
-    text = ATTENTION.replace("float[32,16]", f"float[32,{width}]").replace("float[16]", f"float[{width}]")
-    weights = {name: random(32, size, seed=place) for place, (name, size) in enumerate(zip("qkvo", sizes, strict=True))}
-    shapes = {
-        "heads": [0, 0, 4, 8],
-        "kv": [0, 0, kv_heads, 8],
-        "two": [2],
-        "wide": [1, 1, 4 // kv_heads, 1, 1],
-        "all": [0, 4, -1, 8],
-        "flat": [0, 0, 32],
-    }
-    integers = {name: np.array(numbers, np.int64) for name, numbers in shapes.items()}
-    return load(text, {**weights, **integers, "bias": random(width, 1)[:, 0]})
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -379,103 +270,3 @@ def test_reasons_seen_from_the_layers() -> None:
     assert reasons["q"] == "nothing before Gather 'Gather/e' can take a scale"
     assert "also reads it" in reasons["h"]
     assert reasons["e"] == "it reads an input of the model"
-
-
-def test_shared_vectors_are_copied_and_small_ones_only() -> None:
-    """One zero vector is the shift of a normalisation and the bias of a layer, as exporters merge them."""
-    text = """g (float[N,32] x, float[32] gain, float[32] zero, float[32,32] w, float[32,32] v) => (float[N,32] y) {
-        n = LayerNormalization<axis=-1>(x, gain, zero)
-        a = MatMul(n, w)
-        b = Add(a, gain)
-        m = LayerNormalization<axis=-1>(b, gain, zero)
-        c = MatMul(m, v)
-        y = Add(c, gain)
-    }"""
-    weights = {
-        "gain": norm_weights()["gain"],
-        "zero": random(32, 1)[:, 0],
-        "w": random(32, 32),
-        "v": random(32, 32, seed=1),
-    }
-    model = load(text, weights)
-    scaled = check_same(model, {"x": floats(4, 32)})
-    assert len(find_groups(model).groups) == 2
-    # gain is still read by the Adds: two copies of it; shift is read by the norms alone: two instead of one.
-    assert weight_bytes(scaled) - weight_bytes(model) == 3 * 32 * 4
-
-
-def test_nothing_grows_when_nothing_is_shared() -> None:
-    for model in (load(NORM, norm_weights()), load_model(cnn()).model, attention()):
-        found = find_groups(model)
-        assert weight_bytes(apply_scales(model, found.groups, random_scales(found))) == weight_bytes(model)
-
-
-def test_a_weight_that_readers_of_one_value_share_stays_one() -> None:
-    text = """g (float[N,32] x, float[32] gain, float[32,32] w) => (float[N,32] y) {
-        n = RMSNormalization<axis=-1>(x, gain) a = MatMul(n, w) r = Neg(n) b = MatMul(r, w) y = Sub(a, b) }"""
-    model = load(text, {"gain": norm_weights()["gain"], "w": random(32, 32)}, opset=23)
-    scaled = check_same(model, {"x": floats(4, 32)})
-    assert weight_bytes(scaled) == weight_bytes(model)
-
-
-def test_a_large_weight_that_others_read_is_not_stored_twice() -> None:
-    text = """g (float[N,32] x, float[32] gain, float[32,32] w) => (float[N,32] y) {
-        n = RMSNormalization<axis=-1>(x, gain) a = MatMul(n, w) t = Tanh(a) y = MatMul(t, w) }"""
-    found = find_groups(load(text, {"gain": norm_weights()["gain"], "w": random(32, 32)}, opset=23))
-    assert found.groups == ()
-    assert any("reads the weight 'w' too, so it would be stored twice" in reason for reason in found.refused.values())
-
-
-def test_a_weight_behind_a_transpose_keeps_its_layout() -> None:
-    """From a million bytes on, transposes of weights are not folded: the scaled weight replaces both."""
-    text = """g (float[N,512] x, float[512] gain, float[520,512] w) => (float[N,520] y) {
-        n = RMSNormalization<axis=-1>(x, gain) t = Transpose<perm=[1,0]>(w) y = MatMul(n, t) }"""
-    model = load(text, {"gain": np.ones(512, np.float32), "w": random(520, 512)}, opset=23)
-    assert [node.op_type for node in model.graph] == ["RMSNormalization", "Transpose", "MatMul"]
-    scaled = check_same(model, {"x": floats(4, 512)})
-    assert weight_bytes(scaled) == weight_bytes(model)
-
-
-def test_inserted_mul_serves_all_readers_of_a_value() -> None:
-    text = """g (float[N,32] x, float[32,32] a, float[32,32] w, float[32,32] v) => (float[N,32] y) {
-        h = MatMul(x, a) g0 = Gelu(h) p = MatMul(g0, w) q = MatMul(g0, v) s = Add(p, q) y = Add(s, g0) }"""
-    model = load(text, {name: random(32, 32, seed=place) for place, name in enumerate("awv")})
-    assert find_groups(model).groups == ()
-    nodes = [str(node.name) for node in model.graph if node.op_type == "MatMul"]
-    found = find_groups(model, nodes)
-    assert [(group.kind, group.value, len(group.readers)) for group in found.groups] == [
-        ("insert", "x", 1),
-        ("insert", "g0", 2),
-    ]
-    scaled = check_same(model, {"x": floats(4, 32)}, found)
-    assert sum(node.op_type == "Mul" for node in scaled.graph) == 2
-
-
-def test_nothing_is_inserted_where_a_group_reaches() -> None:
-    model = load(NORM, norm_weights())
-    nodes = [str(node.name) for node in model.graph if node.op_type == "MatMul"]
-    assert readers(find_groups(model, nodes)) == readers(find_groups(model))
-
-
-@pytest.mark.parametrize("bad", [np.ones(31), np.zeros(32), -np.ones(32), np.full(32, np.nan), np.full(32, np.inf)])
-def test_bad_scales_are_refused(bad: Array) -> None:
-    model = load(NORM, norm_weights())
-    found = find_groups(model)
-    with pytest.raises(InputError, match=r"the scales of .* must be 32 positive numbers, got shape \(3[12],\)"):
-        apply_scales(model, found.groups, {found.groups[0].name: bad})
-
-
-def test_groups_left_out_stay() -> None:
-    model = load_model(cnn()).model
-    found = find_groups(model)
-    scaled = apply_scales(model, found.groups, {})
-    for old, new in zip(find_targets(model)[0].values(), find_targets(scaled)[0].values(), strict=True):
-        assert old.load().tobytes() == new.load().tobytes()
-
-
-def test_float16_weights_are_refused() -> None:
-    text = """g (float16[N,32] x, float16[32,32] w, float16[32,32] v) => (float16[N,32] y) {
-        h = MatMul(x, w) y = MatMul(h, v) }"""
-    found = find_groups(load(text, {name: random(32, 32).astype(np.float16) for name in "wv"}))
-    assert found.groups == ()
-    assert any("is float16" in reason for reason in found.refused.values())
