@@ -2,7 +2,7 @@
 
 python -m benchmarks.allocation --data ../shared --model resnet20 --out allocation.jsonl
 python -m benchmarks.allocation --data ../shared --model minilm --minilm minilm.onnx --tokenizer FOLDER --out ...
-python -m benchmarks.allocation --model resnet20 --estimators --out estimators.jsonl
+python -m benchmarks.allocation --model resnet20 --estimators 3 --out estimators.jsonl
 
 All allocators share one calibration, one set of quantized weights and one way of emitting, so that only the widths
 differ. Losses are nats per sample on test data that no allocator saw. At whole bits everybody also has to stay within
@@ -148,11 +148,10 @@ def context_of(study: Study, names: Sequence[str]) -> Context:
 
 
 def compare_allocators(
-    study: Study, names: Sequence[str], bits: Sequence[float], where: Environment
+    study: Study, ledger: Ledger, names: Sequence[str], bits: Sequence[float], where: Environment
 ) -> Iterator[Record]:
     """Every allocator at every average."""
-    context = context_of(study, names)
-    ledger = Ledger(context)
+    context = ledger.context
     recipe = Recipe("mse" if context.histograms else "minmax")
     kind = kind_of(context.options.activations, context.options.quantizer)
     for average in bits:
@@ -202,10 +201,12 @@ def _average(context: Context, specs: Mapping[str, QuantSpec]) -> float:
     return bits / sum(math.prod(shape) for shape in shapes.values())
 
 
-def compare_estimators(study: Study, names: Sequence[str], average: float, where: Environment) -> list[Record]:
+def compare_estimators(
+    study: Study, ledger: Ledger, names: Sequence[str], average: float, where: Environment
+) -> list[Record]:
     """Rank correlation and predicted/true on random assignments; random and inverted figures as controls."""
-    context = context_of(study, names)
-    problem = make_problem(Ledger(context), Budget(avg_bits=average), Recipe("minmax"), 0)
+    context = ledger.context
+    problem = make_problem(ledger, Budget(avg_bits=average), Recipe("minmax"), 0)
     units = units_of(problem)
     raw = {name: scored(problem, units, name, cast(Estimator, make("allocators", name, {}))) for name in names}
     choices = assignments(problem, units, TRIES)
@@ -281,9 +282,9 @@ def main() -> None:
     parser.add_argument("--activations", choices=("auto", "none"), default="none")
     parser.add_argument("--quantizer", default="auto", help="who rounds (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="file to append results to")
-    parser.add_argument("--bits", default=",".join(map(str, BITS)), help="averages to compare at")
-    parser.add_argument("--allocators", default=None, help=f"default: {','.join(ALLOCATORS)}")
-    parser.add_argument("--estimators", action="store_true", help="judge the estimators instead")
+    parser.add_argument("--bits", default=",".join(map(str, BITS)), help="averages to compare allocators at")
+    parser.add_argument("--allocators", default=",".join(ALLOCATORS), help="names, or nothing (default: %(default)s)")
+    parser.add_argument("--estimators", default="", help="averages to judge the estimators at first (default: none)")
     parser.add_argument("--cache", type=Path, help="folder for quantized layers, which the next run finds again")
     parser.add_argument("--plot", type=Path, help="picture of the curves")
     parser.add_argument("--drawn", type=Path, help="results to draw with --plot, instead of measuring")
@@ -292,19 +293,18 @@ def main() -> None:
         plot(measured_before(args), args.plot)
         return
     where = environment(1)
-    names = tuple((args.allocators or ",".join(ESTIMATORS if args.estimators else ALLOCATORS)).split(","))
-    bits = [float(item) for item in args.bits.split(",")]
+    names = tuple(name for name in args.allocators.split(",") if name)
+    judged, bits = ([float(item) for item in text.split(",") if item] for text in (args.estimators, args.bits))
     with TemporaryDirectory(prefix="quantkit-benchmark-") as folder:
         study = study_of(args, Path(folder))
-        if args.estimators:
-            records = [record for average in bits for record in compare_estimators(study, names, average, where)]
-            append_records(args.out, records)
-        else:
-            records = []
-            for record in compare_allocators(study, names, bits, where):
-                records.append(record)
-                append_records(args.out, [record])  # what a run that is stopped has found stays
-    if args.plot is not None and not args.estimators:
+        ledger = Ledger(context_of(study, (*names, *(ESTIMATORS if judged else ()))))
+        for average in judged:
+            append_records(args.out, compare_estimators(study, ledger, ESTIMATORS, average, where))
+        records = []
+        for record in compare_allocators(study, ledger, names, bits, where) if names else ():
+            records.append(record)
+            append_records(args.out, [record])  # what a run that is stopped has found stays
+    if args.plot is not None and records:
         plot(records, args.plot)
 
 
