@@ -181,14 +181,21 @@ def _corrected(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Led
     label = f"{candidate.name}, bias corrected"
     other = ledger.build(specs, corrected, label, budget.max_latency)
     before, after = ledger.measure(candidate), ledger.measure(other)
-    better = after.sqnr > before.sqnr + CORRECTION_GAIN_DB and _stays_within(budget, candidate, other, ledger)
+    better = after.sqnr > before.sqnr + CORRECTION_GAIN_DB and _keeps_as_much(budget, before, after, ledger)
     return (other, corrected) if better else (candidate, recipe)
 
 
-def _stays_within(budget: Budget, candidate: Candidate, other: Candidate, ledger: Ledger) -> bool:
-    """Whether a model keeps the size that the first one keeps: corrected biases are new bytes."""
-    limit = budget.max_bytes(ledger.context.loaded.size)
-    return limit is None or other.size <= max(limit, candidate.size)
+def _keeps_as_much(budget: Budget, before: Measurement, after: Measurement, ledger: Ledger) -> bool:
+    """Whether a model may take another one's place: it keeps what is measured of the budget, or comes no further off.
+
+    Corrected biases are new bytes, other forms other times, and other weights lose other samples.
+    """
+    size = budget.max_bytes(ledger.context.loaded.size)
+    return (
+        (size is None or after.size <= max(size, before.size))
+        and (budget.max_latency is None or after.latency <= max(budget.max_latency, before.latency))
+        and (budget.keeps(after.drop) or after.drop <= before.drop)
+    )
 
 
 def _within_latency(
@@ -199,7 +206,7 @@ def _within_latency(
         return candidate
     figures = ledger.measure(candidate)
     if problem.budget.max_latency is None:
-        return candidate if figures.latency <= SLOWER else _not_slower(recipe, candidate, figures, ledger)
+        return candidate if figures.latency <= SLOWER else _not_slower(problem.budget, recipe, candidate, ledger)
     return _approach(problem, allocation, recipe, (candidate, figures), ledger)
 
 
@@ -217,13 +224,13 @@ def _sequenced(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Led
         return candidate, recipe
     other = _in_sequence(candidate, recipe, ledger)
     limit = budget.max_bytes(context.loaded.size)
-    if limit is not None and not _stays_within(budget, candidate, other, ledger) and budget.max_latency is None:
+    if limit is not None and other.size > max(limit, candidate.size) and budget.max_latency is None:
         # The biases that it corrects are new bytes: bits make room for them.
         tighter = replace(budget, max_size=max(2 * limit - other.size - limit // SPARE, 1))
         retried = _in_sequence(_allocated(tighter, recipe, ledger)[0], recipe, ledger)
         other = retried if retried.size <= limit else other
     before, after = ledger.measure(candidate), ledger.measure(other)
-    better = after.loss < before.loss and _stays_within(budget, candidate, other, ledger)
+    better = after.loss < before.loss and _keeps_as_much(budget, before, after, ledger)
     kept = wanted == "quantized" or better
     return (other, replace(recipe, sequential=True)) if kept else (candidate, recipe)
 
@@ -269,25 +276,29 @@ def _approach(
             break
         figures = ledger.measure(candidate)
         tried.append((candidate, figures))
-    limit = problem.budget.max_bytes(problem.float_size)
-    most = max(limit or 0, start[0].size)
-    fitting = [pair for pair in tried if pair[1].latency <= wanted and (limit is None or pair[0].size <= most)]
+    rest, first = replace(problem.budget, max_latency=None), start[1]
+
+    def able(pairs: Sequence[tuple[Candidate, Measurement]]) -> list[tuple[Candidate, Measurement]]:
+        return [pair for pair in pairs if _keeps_as_much(rest, first, pair[1], ledger)]
+
+    fitting = [pair for pair in able(tried) if pair[1].latency <= wanted]
     if not fitting and context.options.activations != "8" and ledger.max_bops is None:
         # Where integers do not pay, floats may.
         plain = build(context, start[0].asked, recipe, name=f"{label}, weights only", integer="none")
         tried.append((plain, ledger.measure(plain)))
-        fitting = [pair for pair in tried[-1:] if pair[1].latency <= wanted]
+        fitting = [pair for pair in able(tried[-1:]) if pair[1].latency <= wanted]
     if fitting:
         return max(fitting, key=lambda pair: pair[1].sqnr)[0]
-    return min(tried, key=lambda pair: pair[1].latency)[0]
+    return min(able(tried), key=lambda pair: pair[1].latency)[0]  # the first one is among them
 
 
-def _not_slower(recipe: Recipe, candidate: Candidate, figures: Measurement, ledger: Ledger) -> Candidate:
+def _not_slower(budget: Budget, recipe: Recipe, candidate: Candidate, ledger: Ledger) -> Candidate:
     context = ledger.context
     if context.options.activations == "8" or ledger.max_bops is not None:
         return candidate
     other = build(context, candidate.asked, recipe, name=f"{candidate.name}, weights only", integer="none")
-    return other if ledger.measure(other).latency < figures.latency else candidate
+    before, after = ledger.measure(candidate), ledger.measure(other)
+    return other if after.latency < before.latency and _keeps_as_much(budget, before, after, ledger) else candidate
 
 
 def plan_of(context: Context, candidate: Candidate, recipe: Recipe, rows: Sequence[SensitivityRow]) -> Plan:

@@ -49,8 +49,10 @@ class Ledger:
             self._built[key] = build(
                 self.context, specs, recipe, name=name, max_latency=max_latency, max_bops=self.max_bops
             )
-        elif self._built[key].name.startswith(TRIAL):
-            self._built[key] = replace(self._built[key], name=name)
+        elif self._built[key].name.startswith(TRIAL) and not name.startswith(TRIAL):
+            known, named = self._built[key], replace(self._built[key], name=name)
+            self._built[key] = named
+            self.rows = [(named if made is known else made, figures) for made, figures in self.rows]
         return self._built[key]
 
     def measure(self, candidate: Candidate) -> Measurement:

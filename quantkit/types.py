@@ -279,6 +279,7 @@ class Measurement:
         latency: time relative to float, measured alternately; below 1 is faster.
         loss: nats per sample, outputs against the float model's (`quantkit.divergence`); infinite without data.
         drop_error: standard error of `drop`, float and quantized taken sample by sample.
+        sample_losses: nats of each sample, whose mean `loss` is; empty where they are not known.
     """
 
     size: int
@@ -287,6 +288,16 @@ class Measurement:
     latency: float
     loss: float = math.inf
     drop_error: float = 0.0
+    sample_losses: tuple[float, ...] = ()
+
+    def clearly_better(self, other: Measurement) -> bool:
+        """Whether the loss is lower by more than the standard error of the difference, taken sample by sample."""
+        if len(self.sample_losses) != len(other.sample_losses) or len(self.sample_losses) < 2:
+            return self.loss < other.loss
+        if not math.isfinite(self.loss + other.loss):
+            return self.loss < other.loss
+        gains = np.subtract(other.sample_losses, self.sample_losses)
+        return bool(gains.mean() > gains.std(ddof=1) / math.sqrt(len(gains)))
 
 
 @dataclass(frozen=True)

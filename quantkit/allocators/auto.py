@@ -58,7 +58,8 @@ class Auto:
         contenders: estimators whose answers are emitted and measured.
         margin: a plan has to lose this share less than the one by the most trusted estimator to take its place, and an
             estimator to err this share less than a more trusted one: few held-out samples tell small differences by
-            chance. Uniform only has to lose less.
+            chance. A plan has to lose less by the standard error of the difference as well. Uniform only has to lose
+            less.
     """
 
     assignments: int = 24
@@ -135,7 +136,12 @@ class Auto:
         fitting = quick or fitting  # where none is, forms are still to be corrected by what was measured
         best = next(iter(fitting))
         for name, figures in fitting.items():
-            if figures.loss < fitting[best].loss * (1.0 if name == UNIFORM else 1 - self.margin):
+            if name == UNIFORM:
+                better = figures.loss < fitting[best].loss
+            else:
+                much = figures.loss < fitting[best].loss * (1 - self.margin)
+                better = much and figures.clearly_better(fitting[best])
+            if better:
                 best = name
         return pool[best]
 

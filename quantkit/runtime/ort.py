@@ -62,7 +62,9 @@ class DeferredSession(Session):
 
     def __getattr__(self, name: str) -> object:
         if name in ("_session", "input_names", "output_names"):
-            return getattr(self._opened, name)
+            value: object = getattr(self._opened, name)
+            self.__dict__[name] = value  # found without asking again: small models run in microseconds
+            return value
         raise AttributeError(name)
 
 
