@@ -145,6 +145,7 @@ def prepare(
     name = str(loaded.source or loaded.model.graph.name or type(model).__name__)
     if not targets:
         raise InputError(f"{name} has no layer to quantize: {_reasons(untouched)}")
+    loaded = replace(loaded, notes=(*loaded.notes, *_ignored(loaded.model, targets, options)))
     large = is_large(targets.values())
     has_data = calibration is not None or options.random_calibration
     if large and has_data and (hasty := hastened(options)) != options:
@@ -291,6 +292,17 @@ def method_settings(options: Options, name: str) -> dict[str, Any]:
 
 def _reasons(untouched: list[Untouched]) -> str:
     return "; ".join(f"{row.name}: {row.reason}" for row in untouched[:5]) or NO_TARGETS
+
+
+def _ignored(model: ir.Model, targets: Mapping[str, Target], options: Options) -> list[str]:
+    """What the user's own choice keeps out of every count."""
+    if not options.ignore:
+        return []
+    weights = {name: math.prod(target.shape) for name, target in find_targets(model)[0].items()}
+    left = [count for name, count in weights.items() if name not in targets]
+    share = f"{sum(left) / sum(weights.values()):.0%}"
+    counts = "averages of bits and bit operations do not count them"
+    return [f"ignored layers stay float ({len(left)}, {share} of the weights): {counts}"] if left else []
 
 
 def _open_data(calibration: object, reference: Session, options: Options, most_held_out: int) -> Data:

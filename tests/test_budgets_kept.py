@@ -159,3 +159,10 @@ def test_a_deferred_session_is_asked_once() -> None:
     assert len(made) == 1
     with pytest.raises(AttributeError, match="nothing_like_it"):
         session.nothing_like_it  # noqa: B018
+
+
+def test_what_is_ignored_is_told_not_to_count() -> None:
+    report = quantkit.compress(models.cnn(), ignore=("Conv/c2",), quantizer="rtn").report
+    share = round(100 * 32 * 144 / (16 * 27 + 32 * 144 + 10 * 32))
+    assert f"ignored layers stay float (1, {share}% of the weights): averages of bits" in " ".join(report.notes)
+    assert "ignored layers" not in " ".join(quantkit.compress(models.cnn(), quantizer="rtn").report.notes)
