@@ -1,10 +1,11 @@
 """Device functions: packed words in registers -> tensor-core operands.
 
 An int16 tile q [BN, C] holds P planes of codes; plane p, the bits [b*p, b*p + b) of every word, is one operand
-[BN, C] of `tl.dot`. Two adjacent words are the halves of one register, so one `lop3` extracts two codes and puts them
-into the mantissas of two floats (`| 0x6400` makes 1024 + q in float16, `| 0x4300` 128 + q in bfloat16); one packed
-add or fma takes the offset and the zero point away, exactly. Planes that sit at different bits of the same byte need no
-shift of their own: their factor of 4, 16 or 64 leaves in the fma.
+[BN, C] of `tl.dot`. Two adjacent words are the halves of one register, so one `and` extracts two codes, as the lowest
+bits of two floats. Read as floats those are subnormal, or just above: up to 2^11 in float16 and 2^8 in bfloat16 the
+value is linear in the bits, q * 2^-24 or q * 2^-133. One packed fma brings them to (q - z) / UNIT, exactly, with the
+same -z / UNIT for every plane; the factor UNIT is left to the end of the sums. Planes that sit at different bits of the
+same byte need no shift of their own: their factor of 4, 8, 16 or 64 leaves in the fma.
 
 `ASM` = False spells the same arithmetic without inline assembly: for Triton's interpreter, and as the twin in tests on
 a GPU.
@@ -15,89 +16,98 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# In bfloat16, 8-bit planes come as (q - z) / 64: only so can bit 7, an exponent bit there, be weighed in one fma.
-BF16_W8 = tl.constexpr(64.0)
+
+@triton.jit
+def unit(DT: tl.constexpr):
+    """What planes of type DT are divided by: 2^9 in float16, 2^6 in bfloat16, by the largest power of two they have."""
+    return 512.0 if DT == tl.float16 else 64.0
 
 
 @triton.jit
-def _code_floats(w, SHIFT: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr, DT: tl.constexpr):
-    """((w >> SHIFT) & MASK) | MAGIC of two int16 words at once, as floats of type DT."""
+def _bits(w, SHIFT: tl.constexpr, MASK: tl.constexpr, DT: tl.constexpr):
+    """(w >> SHIFT) & MASK of two int16 words at once, as floats of type DT."""
     if SHIFT == 0:
-        asm: tl.constexpr = f"lop3.b32 $0, $1, {MASK}, {MAGIC}, 0xEA;"
+        asm: tl.constexpr = f"and.b32 $0, $1, {MASK};"
+    elif SHIFT == 8 and MASK == 0x00FF00FF:
+        asm: tl.constexpr = "prmt.b32 $0, $1, 0, 0x4341;"
     else:
-        asm: tl.constexpr = f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; lop3.b32 $0, t, {MASK}, {MAGIC}, 0xEA; }}"
+        asm: tl.constexpr = f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {MASK}; }}"
     return tl.inline_asm_elementwise(
         asm, "=r,r", [w], dtype=tl.float16 if DT == tl.float16 else tl.bfloat16, is_pure=True, pack=2
     )
 
 
 @triton.jit
-def _with_high_bit(v, h, SHIFT: tl.constexpr, MASK: tl.constexpr, DT: tl.constexpr):
-    """v | ((h >> SHIFT) & MASK) of two floats v and two int16 words h; a negative shift goes left."""
-    if SHIFT == 0:
-        asm: tl.constexpr = f"lop3.b32 $0, $1, {MASK}, $2, 0xEA;"
-    elif SHIFT > 0:
-        asm: tl.constexpr = f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; lop3.b32 $0, t, {MASK}, $2, 0xEA; }}"
-    else:
-        asm: tl.constexpr = f"{{ .reg .b32 t; shl.b32 t, $1, {-SHIFT}; lop3.b32 $0, t, {MASK}, $2, 0xEA; }}"
+def _with_bits(v, w, SHIFT: tl.constexpr, MASK: tl.constexpr, DT: tl.constexpr):
+    """v | ((w >> SHIFT) & MASK) of two floats v and two int16 words w."""
+    asm: tl.constexpr = f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; lop3.b32 $0, t, {MASK}, $2, 0xEA; }}"
     return tl.inline_asm_elementwise(
-        asm, "=r,r,r", [h, v], dtype=tl.float16 if DT == tl.float16 else tl.bfloat16, is_pure=True, pack=2
+        asm, "=r,r,r", [w, v], dtype=tl.float16 if DT == tl.float16 else tl.bfloat16, is_pure=True, pack=2
     )
 
 
 @triton.jit
-def _centred(v, z, AT: tl.constexpr, OFFSET: tl.constexpr, DT: tl.constexpr):
-    """(v - OFFSET) / 2^AT - z for v = OFFSET + q * 2^AT; z [BN, 1] or [BN, C]."""
-    if AT == 0:
-        return v - (z + OFFSET).to(DT)
-    factor = tl.full(v.shape, 1.0 / (1 << AT), DT)
-    return tl.fma(v, factor, tl.broadcast_to((-OFFSET / (1 << AT) - z).to(DT), v.shape))
+def _less_zero(v, z, AT: tl.constexpr, DT: tl.constexpr):
+    """(q - zero point) / unit for v of bits q << AT; z as `meta_zero`, [BN, 1] or [BN, C]."""
+    factor: tl.constexpr = 2.0 ** (15 - AT) if DT == tl.float16 else 2.0 ** (127 - AT)
+    return tl.fma(v, tl.full(v.shape, factor, DT), tl.broadcast_to(z, v.shape))
 
 
 @triton.jit
-def _bf16_byte(w, z, SHIFT: tl.constexpr):
-    """(q - z) / 64 in bfloat16 for the byte q at bit SHIFT of every word."""
-    low = _code_floats(w, SHIFT, "0x007f007f", "0x40004000", tl.bfloat16)  # 2 + (q & 127) / 64
-    if SHIFT == 0:
-        asm: tl.constexpr = "lop3.b32 $0, $1, 0x00800080, 0, 0x0C;"
-    else:
-        asm: tl.constexpr = f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; lop3.b32 $0, t, 0x00800080, 0, 0x0C; }}"
-    # 2^-126 where bit 7 is 0
-    unset = tl.inline_asm_elementwise(asm, "=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=2)
-    moved = low - (z * (1.0 / 64)).to(tl.bfloat16)
-    return tl.fma(unset, tl.full(unset.shape, -(2.0**127), tl.bfloat16), moved)
+def qplane(q, z, p: tl.constexpr, BITS: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr):
+    """Plane p of int16 words q [BN, C] of 2, 4 or 8 bits as (q - zero point) / unit, exact, in DT.
 
-
-@triton.jit
-def qplane(q, h, z, p: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr):
-    """Plane p of int16 words q [BN, C] as q - z, exact, in DT (divided by `BF16_W8` for 8 bits in bfloat16).
-
-    h: for 3 bits the words of high bits, of which q are the low words of half HALF; else anything.
-    z: float32 zero points [BN, 1] or [BN, C], integers.
+    z: as `meta_zero`, [BN, 1] or [BN, C].
     """
-    LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    HIGH: tl.constexpr = (2 * (p % 4) + 2 + p // 4 + 8 * HALF) % 16  # `packing.HIGH_BIT`
     if not ASM:
-        code = (q.to(tl.int32) >> (p * LOW)) & ((1 << LOW) - 1)
-        if BITS == 3:
-            code = code | (((h.to(tl.int32) >> HIGH) & 1) << 2)
-        value = code.to(tl.float32) - z
-        if BITS == 8 and DT == tl.bfloat16:
-            value = value / BF16_W8
-        return value.to(DT)
-    elif BITS == 8 and DT == tl.bfloat16:
-        return _bf16_byte(q, z, p * 8)
+        code = (q.to(tl.int32) >> (p * BITS)) & ((1 << BITS) - 1)
+        return (code.to(tl.float32) / unit(DT) + z.to(tl.float32)).to(DT)
     else:
-        # float16 has 10 bits of mantissa, bfloat16 7: planes per shift, and the step of the shifts
-        PER: tl.constexpr = (8 if DT == tl.float16 else 6) // LOW
-        OFFSET: tl.constexpr = 1024.0 if DT == tl.float16 else 128.0
-        MAGIC: tl.constexpr = "0x64006400" if DT == tl.float16 else "0x43004300"
-        AT: tl.constexpr = LOW * (p % PER)
-        SHIFT: tl.constexpr = LOW * (p - p % PER)
-        v = _code_floats(q, SHIFT, ((1 << LOW) - 1) * (65537 << AT), MAGIC, DT)
-        if BITS == 3:
-            v = _with_high_bit(v, h, HIGH - (AT + 2), 65537 << (AT + 2), DT)
-        return _centred(v, z, AT, OFFSET, DT)
+        PER: tl.constexpr = 8 // BITS  # planes per shift
+        AT: tl.constexpr = BITS * (p % PER)
+        return _less_zero(_bits(q, BITS * (p - p % PER), ((1 << BITS) - 1) * (65537 << AT), DT), z, AT, DT)
+
+
+@triton.jit
+def q3plane(q0, q1, q2, z, p: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr):
+    """As `qplane` for plane p of the 16 of 3-bit codes in three int16 tiles [BN, C]: five in each, one in bits 15."""
+    q = q0 if p % 15 < 5 else (q1 if p < 10 else q2)
+    if not ASM:
+        if p == 15:
+            code = ((q0.to(tl.int32) >> 15) & 1) | ((q1.to(tl.int32) >> 14) & 2) | ((q2.to(tl.int32) >> 13) & 4)
+        else:
+            code = (q.to(tl.int32) >> (p % 5 * 3)) & 7
+        return (code.to(tl.float32) / unit(DT) + z.to(tl.float32)).to(DT)
+    elif p == 15:  # shifts that other planes need as well bring bits 15 next to each other
+        TOP: tl.constexpr = 6 if DT == tl.float16 else 5
+        v = _bits(q0, 15 - TOP, 65537 << TOP, DT)
+        v = _with_bits(v, q1, 14 - TOP, 65537 << (TOP + 1), DT)
+        return _less_zero(_with_bits(v, q2, 13 - TOP, 65537 << (TOP + 2), DT), z, TOP, DT)
+    else:
+        SHIFT: tl.constexpr = _shift_of_three(p // 5, p % 5, DT)
+        AT: tl.constexpr = p % 5 * 3 - SHIFT
+        return _less_zero(_bits(q, SHIFT, 7 * (65537 << AT), DT), z, AT, DT)
+
+
+@triton.jit
+def run_plane(q0, q1, q2, z, p: tl.constexpr, BITS: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr):
+    """Plane p of the 16 of a run of 256 codes: 2 bits in two tiles, 3 bits in three."""
+    if BITS == 3:
+        return q3plane(q0, q1, q2, z, p, DT, ASM)
+    else:
+        return qplane(q0 if p < 8 else q1, z, p % 8, 2, DT, ASM)
+
+
+@triton.constexpr_function
+def _shift_of_three(tile, field, dtype):
+    """Few shifts for the 5 fields and bit 15 of a word: field * 3 - shift to + 3 lies within 11 or 8 bits."""
+    if dtype == tl.float16:
+        return 0 if field < 3 else 9 - tile
+    if field < 2:
+        return 0
+    if field == 2 or (tile == 0 and field == 3):
+        return 6
+    return 10 - tile
 
 
 @triton.jit
@@ -107,7 +117,17 @@ def xplane(xq, j: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def meta_zero(mt):
+def meta_zero(mt, DT: tl.constexpr):
+    """Minus the zero points of words of `meta`, divided by the unit of DT, in DT; exact."""
+    if DT == tl.float16:
+        z = (mt >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return z * tl.full(z.shape, -1.0 / unit(DT), tl.float16)
+    else:
+        return (meta_point(mt) * (-1.0 / unit(DT))).to(DT)
+
+
+@triton.jit
+def meta_point(mt):
     """Zero points float32 of words of `meta`."""
     return (mt >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 

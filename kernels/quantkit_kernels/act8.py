@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from quantkit_kernels._finish import finish
-from quantkit_kernels._planes import meta_zero
+from quantkit_kernels._planes import meta_point
 from quantkit_kernels._segment import group_scale
 
 INT8_MAX = tl.constexpr(127.0)
@@ -139,14 +139,14 @@ def act8(
             if GS > 0:
                 t = step * U + u
                 g = tl.minimum(t // (GS // T), last)
-                z = (meta_zero(tl.load(sz + g * N + n, mask=n_ok, other=0)) - middle).to(tl.int32)
+                z = (meta_point(tl.load(sz + g * N + n, mask=n_ok, other=0)) - middle).to(tl.int32)
                 sx = tl.load(sums + t * M + m, mask=m_ok, other=0)
-                s = group_scale(sz + g * N + n, wide, n_ok, BITS, tl.float16, WIDE)
+                s = group_scale(sz + g * N + n, wide, n_ok, WIDE)
                 acc += (d - z[:, None] * sx[None, :]).to(tl.float32) * s[:, None]
     if GS == 0:
-        z = (meta_zero(tl.load(sz + n, mask=n_ok, other=0)) - middle).to(tl.int32)
+        z = (meta_point(tl.load(sz + n, mask=n_ok, other=0)) - middle).to(tl.int32)
         sx = tl.load(sums + m, mask=m_ok, other=0) * tl.where(part == 0, 1, 0)  # once, not once per part
-        s = group_scale(sz + n, wide, n_ok, BITS, tl.float16, WIDE)
+        s = group_scale(sz + n, wide, n_ok, WIDE)
         acc = (d - z[:, None] * sx[None, :]).to(tl.float32) * s[:, None]
     acc = acc * tl.load(xs + m, mask=m_ok, other=0)[None, :]
     finish(acc, bias, o, ws, cnt, M, N, n, m, tile, part, SPLIT, HAS_BIAS, ACT)

@@ -84,35 +84,35 @@ def words_and_tiles(bits: int, group_size: int) -> tuple[int, int, int]:
     """(C, U, R): words per tile, tiles per step, groups per tile, for groups of `group_size` (0: one per row).
 
     A tile has 8 words at least; with 8 two planes make one tensor-core operand, and groups of fewer words share a tile.
-    3-bit steps take whole runs of 256 codes.
+    Steps of 2 and 3 bits are runs of 256 codes.
     """
-    per_word = 16 // (2 if bits == 3 else bits)
+    if bits < 4:
+        return 16 * bits, 1, 1
+    per_word = 16 // bits
     group_words = max(1, group_size // per_word) if group_size else 64
-    words = min(max(group_words, 8), 16 if bits < 4 else 32)
+    words = min(max(group_words, 8), 32)
     shared = words // group_words if group_words < words else 1
-    least = 256 if bits == 3 else 128
-    return words, max(1, least // (words * per_word)), shared
+    return words, max(1, 128 // (words * per_word)), shared
 
 
 def gemm_words(bits: int, group_size: int) -> tuple[int, int, int]:
-    """(C, U, R) for `gemm`, whose tiles hold as many groups as they like: 16 words at least, steps of 128 codes."""
-    per_word = 16 // (2 if bits == 3 else bits)
-    words = 16 if bits < 4 else 8 * bits
-    shared = words * per_word // group_size if 0 < group_size < words * per_word else 1
-    return words, 2 if bits == 3 else 1, shared
+    """(C, U, R) for `gemm`, whose tiles hold as many groups as they like: steps of 128 codes, of 256 for 3 bits."""
+    if bits < 4:
+        return 16 if bits == 2 else 48, 1, 1
+    words = 8 * bits
+    return words, 1, 128 // group_size if 0 < group_size < 128 else 1
 
 
 def mixed_shapes(group_size: int, counts: tuple[int, ...], num_inputs: int) -> tuple[tuple[int, int, int, bool], ...]:
     """(C, U, R, EVEN) for 2, 3, 4 and 8 bits with `counts` groups each; R is the same for all."""
-    shared = words_and_tiles(2, group_size)[2]
+    shared = words_and_tiles(4, group_size)[2]
     shapes = []
     for bits, count in zip((2, 3, 4, 8), counts, strict=True):
-        per_word = 16 // (2 if bits == 3 else bits)
         words, unroll, _ = words_and_tiles(bits, group_size)
-        if shared > 1:
-            words = shared * group_size // per_word
-            unroll = max(1, (256 if bits == 3 else 128) // (words * per_word))
-        even = num_inputs % group_size == 0 and count * group_size % (words * unroll * per_word) == 0
+        if shared > 1 and bits >= 4:
+            words = shared * group_size * bits // 16
+            unroll = max(1, 128 // (shared * group_size))
+        even = num_inputs % group_size == 0 and count * group_size % (words * unroll * 16 // bits) == 0
         shapes.append((words, unroll, shared, even))
     return tuple(shapes)
 
@@ -145,18 +145,14 @@ def rule(case: Case, arch: int) -> Tile:
 
 
 def _few_rows(case: Case) -> Tile:
-    """One warp with 64 outputs where its registers suffice: what x costs is shared by the most weights."""
+    """64 outputs by one warp, as what x costs is shared by the most weights; by two where that takes many registers."""
     small = 0 < case.group_size <= 32
-    crowded = case.group_size == 16 and case.bits < 4  # every row of x comes four times
-    tile = Tile(8 if case.M <= 8 or crowded else 16, 64, 1, 1, 4)
-    if case.bits == 2:
-        return replace(tile, warps=2 if small else 1)
-    if case.bits == 3:
-        alone = case.group_size == 0 or (case.group_size == 256 and case.M <= 8)
-        return replace(tile, warps=1 if alone else 4 if crowded else 2, stages=3)
+    tile = Tile(8 if case.M <= 8 else 16, 64, 1, 1, 4)
+    if case.bits < 4:
+        return replace(tile, warps=1 if case.group_size in (0, 256) and case.M <= 8 else 2, stages=3)
     if case.bits == 4:
         return replace(tile, stages=4 if case.M <= 8 else 2)
-    return replace(tile, stages=2 if small or (case.M <= 8 and case.group_size == 64) else 3)
+    return replace(tile, stages=2 if case.M <= 8 and (small or case.group_size == 64) else 3)
 
 
 def _act8_tile(num_rows: int) -> Tile:

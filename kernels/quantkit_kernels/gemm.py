@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from quantkit_kernels._finish import finish
-from quantkit_kernels._planes import BF16_W8, meta_scale, meta_zero, qplane
-from quantkit_kernels._segment import group_scale
+from quantkit_kernels._planes import meta_scale, meta_zero, qplane, unit
+from quantkit_kernels._segment import group_scale, joined, load_run
 
 
 @triton.jit
@@ -22,20 +22,20 @@ def sort_planes(x, o, M, K, sxm, som, P: tl.constexpr, C: tl.constexpr, BM: tl.c
 
 
 @triton.jit
-def _per_word(sz, g, last, N, wide, ok, R: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
-    """(zero points, scales) float32 [BN, C] ([BN, 1] for R = 1) of the groups g to g + R in a tile of C words."""
+def _per_word(sz, g, last, N, wide, ok, R: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, WIDE: tl.constexpr):
+    """(`meta_zero`, scales * unit) [BN, C] ([BN, 1] for R = 1) of the groups g to g + R in a tile of C words."""
     at = sz + tl.minimum(g, last) * N
     mt = tl.load(at, mask=ok, other=0)
-    z = meta_zero(mt)[:, None]
+    z = meta_zero(mt, DT)[:, None]
     s = (tl.load(at + wide, mask=ok, other=0).to(tl.float32, bitcast=True) if WIDE else meta_scale(mt))[:, None]
     for r in tl.static_range(1, R):
         at = sz + tl.minimum(g + r, last) * N
         mt = tl.load(at, mask=ok, other=0)
         sr = (tl.load(at + wide, mask=ok, other=0).to(tl.float32, bitcast=True) if WIDE else meta_scale(mt))[:, None]
         here = (tl.arange(0, C) // (C // R) >= r)[None, :]
-        z = tl.where(here, meta_zero(mt)[:, None], z)
+        z = tl.where(here, meta_zero(mt, DT)[:, None], z)
         s = tl.where(here, sr, s)
-    return z, s
+    return z, s * unit(DT)
 
 
 @triton.jit
@@ -49,18 +49,17 @@ def _scaled(plane, s, FULL: tl.constexpr):
 
 @triton.jit
 def gemm(
-    x, w, sz, bias, o, ws, cnt, M, N, K, swn, sxm, high, wide, BITS: tl.constexpr, GS: tl.constexpr, C: tl.constexpr,
+    x, w, sz, bias, o, ws, cnt, M, N, K, swn, sxm, wide, BITS: tl.constexpr, GS: tl.constexpr, C: tl.constexpr,
     U: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: BN outputs of BM rows over one of SPLIT parts of K, in steps of U tiles of C words (R groups each).
 
-    x: the activations as `sort_planes` leaves them, whole steps long.  The rest as in `skinny`; programs of one BN come
-    one after the other, so that the weights are read from memory once.
+    x: the activations, whole steps long, as `sort_planes` leaves them; for 2 and 3 bits in their own order.  The rest
+    as in `skinny`; programs of one BN come one after the other, so that the weights are read from memory once.
     """
     DT: tl.constexpr = o.dtype.element_ty
-    P: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
-    T: tl.constexpr = P * C
+    T: tl.constexpr = C * 16 // BITS
     blocks = tl.cdiv(M, BM)
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -68,34 +67,38 @@ def gemm(
     n = tile // blocks * BN + tl.arange(0, BN)
     n_ok = n < N
     m_ok = (m < M)[None, :]
-    c = tl.arange(0, C)
+    SPAN: tl.constexpr = (min(GS, 64) if GS > 0 else 64) if BITS < 4 else C  # values of x in a product
+    c = tl.arange(0, SPAN)
     steps = tl.cdiv(K, U * T)
     per = tl.cdiv(steps, SPLIT)
     row = w + n.to(tl.int64) * swn
     xp = x + m[None, :].to(tl.int64) * sxm + c[:, None]
     last = 0 if GS == 0 else tl.cdiv(K, GS) - 1
-    row_words = high if BITS == 3 else swn
     acc = tl.zeros((BN, BM), tl.float32)
     if GS == 0:
-        z = meta_zero(tl.load(sz + n, mask=n_ok, other=0))[:, None]
+        z = meta_zero(tl.load(sz + n, mask=n_ok, other=0), DT)[:, None]
     for step in range(part * per, tl.minimum(steps, part * per + per)):
-        for u in tl.static_range(U):
-            at = (step * U + u) * C
-            q_ok = n_ok[:, None] if EVEN else n_ok[:, None] & (at + c < row_words)[None, :]
-            q = tl.load(row[:, None] + (at + c)[None, :], mask=q_ok, other=0, eviction_policy="evict_first")
-            h = q
-            if BITS == 3:
-                h_at = high + step * (U * C // 2) + (u * C) % 16
-                h = tl.load(row[:, None] + (h_at + c)[None, :], mask=n_ok[:, None], other=0)
-            if GS > 0:
-                g = (step * U + u) * R if R > 1 else (step * U + u) // (GS // T)
-                z, s = _per_word(sz + n, g, last, N, wide, n_ok, R, C, WIDE)
-                if BITS == 8 and DT == tl.bfloat16:
-                    s = s * BF16_W8
-            for p in tl.static_range(P):
-                plane = qplane(q, h, z, p, BITS, (u * C) // 16 % 2, DT, ASM)
-                xj = tl.load(xp + (at * P + p * C), mask=m_ok, other=0)
+        if BITS < 4:
+            q0, q1, q2 = load_run(row, step, swn, n_ok, C, EVEN)
+            for i in tl.static_range(T // SPAN):
+                if GS > 0 and i * SPAN % GS == 0:
+                    g = (step * T + i * SPAN) // GS
+                    z, s = _per_word(sz + n, g, last, N, wide, n_ok, 1, C, DT, WIDE)
+                plane = joined(q0, q1, q2, z, i * (SPAN // 16), SPAN // 16, BITS, DT, ASM)
+                xj = tl.load(xp + (step * T + i * SPAN), mask=m_ok, other=0)
                 acc = tl.dot(_scaled(plane, s, WIDE) if GS > 0 else plane, xj, acc)
+        else:
+            for u in tl.static_range(U):
+                at = (step * U + u) * C
+                q_ok = n_ok[:, None] if EVEN else n_ok[:, None] & (at + c < swn)[None, :]
+                q = tl.load(row[:, None] + (at + c)[None, :], mask=q_ok, other=0, eviction_policy="evict_first")
+                if GS > 0:
+                    g = (step * U + u) * R if R > 1 else (step * U + u) // (GS // T)
+                    z, s = _per_word(sz + n, g, last, N, wide, n_ok, R, C, DT, WIDE)
+                for p in tl.static_range(16 // BITS):
+                    plane = qplane(q, z, p, BITS, DT, ASM)
+                    xj = tl.load(xp + (at * 16 // BITS + p * C), mask=m_ok, other=0)
+                    acc = tl.dot(_scaled(plane, s, WIDE) if GS > 0 else plane, xj, acc)
     if GS == 0:
-        acc = acc * group_scale(sz + n, wide, n_ok, BITS, DT, WIDE)[:, None]
+        acc = acc * (group_scale(sz + n, wide, n_ok, WIDE) * unit(DT))[:, None]
     finish(acc, bias, o, ws, cnt, M, N, n, m, tile, part, SPLIT, HAS_BIAS, ACT)

@@ -79,9 +79,9 @@ def mixed_linear(
     out = x.new_empty((x.numel() // num_inputs, num_rows))
     if out.numel() == 0:
         return out.reshape(*x.shape[:-1], out.shape[1])
-    counts = group_counts([part.shape[1] for part in codes], group_size, num_groups)
+    counts = group_counts([part.shape[1] for part in codes], group_size, num_groups, table.shape[0])
     if tile is None and out.shape[0] > config.MIXED_ROWS:
-        _mixed_dense(_rows(x), codes, meta, table, counts, group_size, bias, activation, out)
+        _mixed_dense(_rows(x), codes, meta, table[:num_groups], counts, group_size, bias, activation, out)
         return out.reshape(*x.shape[:-1], out.shape[1])
     rows = _aligned(_rows(x), 4)
     if tile is None:
@@ -92,10 +92,11 @@ def mixed_linear(
     grid, ws, cnt = _split_space(out, tile, counters)
     x4, x2 = rows.view(torch.int64), rows.view(torch.int32)
     mixed[(*grid, triton.cdiv(rows.shape[0], tile.BM))](
-        x4, x2, *codes, meta, table, out if bias is None else bias, out, ws, cnt, rows.shape[0], num_rows, x4.shape[1],
-        x2.shape[1], *counts, *(part.stride(0) for part in codes), x4.stride(0), x2.stride(0), num_groups * num_rows,
-        GS=group_size, S2=shapes[0], S3=shapes[1], S4=shapes[2], S8=shapes[3], R=shapes[0][2], BM=tile.BM, BN=tile.BN,
-        SPLIT=tile.split, WIDE=meta.ndim == 3, **_ending(bias, activation, x), **_options(tile),
+        x4, x2, rows, *codes, meta, table, out if bias is None else bias, out, ws, cnt, rows.shape[0], num_rows,
+        rows.shape[1], x4.shape[1], x2.shape[1], *counts, *(part.stride(0) for part in codes), x4.stride(0),
+        x2.stride(0), rows.stride(0), num_groups * num_rows, GS=group_size, S2=shapes[0], S3=shapes[1], S4=shapes[2],
+        S8=shapes[3], R=shapes[0][2], BM=tile.BM, BN=tile.BN, SPLIT=tile.split, WIDE=meta.ndim == 3,
+        **_ending(bias, activation, x), **_options(tile),
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], out.shape[1])
 
@@ -178,13 +179,12 @@ def _skinny(
 ) -> None:  # fmt: skip
     num_rows, num_inputs = rows.shape
     words, unroll, shared = config.words_and_tiles(bits, grouping)
-    per_load = 2 if bits == 8 else 4
-    packed = _aligned(rows, per_load).view(torch.int32 if bits == 8 else torch.int64)
+    packed = rows if bits < 4 else _aligned(rows, 4).view(torch.int32 if bits == 8 else torch.int64)
     grid, ws, cnt = _split_space(out, tile, counters)
-    step = words * unroll * _codes_per_word(bits)
+    step = words * unroll * 16 // bits
     skinny[(*grid, triton.cdiv(num_rows, tile.BM))](
         packed, codes, meta, out if bias is None else bias, out, ws, cnt, num_rows, out.shape[1], num_inputs,
-        packed.shape[1], codes.stride(0), packed.stride(0), codes.shape[1] // 3 * 2, meta.shape[-2] * out.shape[1],
+        packed.shape[1], codes.stride(0), packed.stride(0), meta.shape[-2] * out.shape[1],
         BITS=bits, GS=grouping, C=words, U=unroll, R=shared, BM=tile.BM, BN=tile.BN, SPLIT=tile.split,
         EVEN=num_inputs % step == 0, WIDE=meta.ndim == 3, **_ending(bias, activation, rows), **_options(tile),
     )  # fmt: skip
@@ -196,19 +196,21 @@ def _gemm(
 ) -> None:  # fmt: skip
     num_rows, num_inputs = rows.shape
     words, unroll, shared = config.gemm_words(bits, grouping)
-    step = words * unroll * _codes_per_word(bits)
+    step = words * unroll * 16 // bits
     padded = triton.cdiv(num_inputs, step) * step
-    planes = rows.new_empty((num_rows, padded))
-    span = words * _codes_per_word(bits)
-    sort_planes[(triton.cdiv(num_rows, 8), padded // span)](
-        rows.view(torch.int16), planes.view(torch.int16), num_rows, num_inputs, rows.stride(0), padded,
-        P=_codes_per_word(bits), C=words, BM=8, num_warps=4,
-    )  # fmt: skip
+    if bits < 4:
+        planes = _aligned(rows, step)
+    else:
+        planes = rows.new_empty((num_rows, padded))
+        sort_planes[(triton.cdiv(num_rows, 8), padded * bits // (16 * words))](
+            rows.view(torch.int16), planes.view(torch.int16), num_rows, num_inputs, rows.stride(0), padded,
+            P=16 // bits, C=words, BM=8, num_warps=4,
+        )  # fmt: skip
     blocks = triton.cdiv(num_rows, tile.BM) * triton.cdiv(out.shape[1], tile.BN)
     ws, cnt = _workspace(out, tile, counters, blocks)
     gemm[(blocks, tile.split)](
         planes, codes, meta, out if bias is None else bias, out, ws, cnt, num_rows, out.shape[1], num_inputs,
-        codes.stride(0), padded, codes.shape[1] // 3 * 2, meta.shape[-2] * out.shape[1], BITS=bits, GS=grouping,
+        codes.stride(0), planes.stride(0), meta.shape[-2] * out.shape[1], BITS=bits, GS=grouping,
         C=words, U=unroll, R=shared, BM=tile.BM, BN=tile.BN, SPLIT=tile.split, EVEN=num_inputs % step == 0,
         WIDE=meta.ndim == 3, **_ending(bias, activation, rows), **_options(tile),
     )  # fmt: skip
@@ -251,11 +253,11 @@ def _mixed_dense(
 def _dequant(
     ids: Tensor | None, codes: Tensor, meta: Tensor, bits: int, group_size: int, num_inputs: int, out: Tensor, BN: int
 ) -> None:
-    words = 16 if bits == 3 else 128 // _codes_per_word(bits)
-    tiles = triton.cdiv(num_inputs, words * _codes_per_word(bits))
+    words = 16 * bits if bits < 4 else 8 * bits
+    tiles = triton.cdiv(num_inputs, words * 16 // bits)
     dequant[(triton.cdiv(out.shape[0], BN), tiles)](
         meta if ids is None else ids, codes, meta, out, out.shape[0], codes.shape[0], num_inputs, codes.stride(0),
-        out.stride(0), codes.shape[1] // 3 * 2, meta.shape[-2] * codes.shape[0], BITS=bits,
+        out.stride(0), meta.shape[-2] * codes.shape[0], BITS=bits,
         GS=0 if meta.shape[-2] == 1 else group_size, C=words, BN=BN, WIDE=meta.ndim == 3, IDS=ids is not None,
         num_warps=4,
     )  # fmt: skip
@@ -299,7 +301,3 @@ def _ending(bias: Tensor | None, activation: str, x: Tensor) -> dict[str, Any]:
 
 def _options(tile: Tile) -> dict[str, Any]:
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-
-
-def _codes_per_word(bits: int) -> int:
-    return 16 // (2 if bits == 3 else bits)

@@ -77,17 +77,16 @@ def mixed_linear(
     Args:
         codes: four tensors int16 [N, words], for 2, 3, 4 and 8 bits; [N, 0] where no group has the width.
         meta: int32 [(2,) G, N], groups sorted by width.
-        table: int32 [G], the group of K that each sorted group is.
+        table: int32 [G + F], the group of K that each sorted group is, and F zeros, one for each group that fills up
+            the codes of 2 bits.
         group_size: 16, 32, 64, 128 or 256.
 
     Raises:
         ValueError: as `nbits_linear`.
     """
-    reference.group_counts([part.shape[1] for part in codes], group_size, meta.shape[-2])
-    if table.shape != (meta.shape[-2],) or meta.shape[-2] != -(-x.shape[-1] // group_size):
-        raise ValueError(
-            f"{meta.shape[-2]} groups of {group_size} and a table of {table.shape[0]} do not fit K = {x.shape[-1]}"
-        )
+    reference.group_counts([part.shape[1] for part in codes], group_size, meta.shape[-2], table.shape[0])
+    if meta.shape[-2] != -(-x.shape[-1] // group_size):
+        raise ValueError(f"{meta.shape[-2]} groups of {group_size} do not fit K = {x.shape[-1]}")
     _check_rest(x, codes[0].shape[0], bias, activation)
     if x.is_cuda:
         from quantkit_kernels import launch

@@ -3,16 +3,18 @@
 `W[n, k] = (codes[n, k] - zero_points[n, g]) * scales[n, g]` with g = k // group_size, W of shape [N, K].
 
 codes: int16 [N, words], the rows K-contiguous, codes low bits first.
-  2, 4, 8 bits   the bytes of onnxruntime's MatMulNBits initializer B, read as little-endian int16: code k lies in
+  4, 8 bits      the bytes of onnxruntime's MatMulNBits initializer B, read as little-endian int16: code k lies in
                  bits [b*(k % P), b*(k % P) + b) of word k // P, with P = 16 / b codes per word. K is filled up to whole
                  groups and to whole words; for one scale per row, to a multiple of 128.
-  3 bits         K is filled up to a multiple of 256. First the words of the low two bits, laid out as 2-bit codes, then
-                 one word of high bits for every 16 codes: of each 256 codes, word c holds the high bits of low words c
-                 (first half) and c + 16 (second half), bit by bit where `HIGH_BIT[half][k % 8]` says. From there one of
-                 the shifts 0, 1, 8, 9, -8, -7 puts it right above its two low bits in the kernel's registers.
-meta: int32 [G, N]: float16 scale | float16 zero point << 16. Where float16 does not hold the scales, int32 [2, G, N]:
-  the same with rounded scales, then the float32 scales.
-Mixed widths (`MixedWeight`) sort the groups by width; `table` tells which group of K each one is.
+  2 bits         K is filled up to a multiple of 128. Each 128 codes are 16 words: code 16*p + c lies in bits
+                 [2*p, 2*p + 2) of word c, so that 16 codes that follow each other are a tensor-core operand's.
+  3 bits         K is filled up to a multiple of 256. Each 256 codes are 48 words, three tiles of 16: code 16*p + c lies
+                 in bits [3*(p % 5), 3*(p % 5) + 3) of word c of tile p // 5; of the last 16 codes (p = 15), bit j is
+                 bit 15 of word c of tile j.
+meta: int32 [G, N]: float16 scale | float16 zero point << 16. Where float16 does not hold 512 times the scales, int32
+  [2, G, N]: the same with rounded scales, then the float32 scales.
+Mixed widths (`MixedWeight`) sort the groups by width; `table` tells which group of K each one is, and by its length
+how many groups fill up the codes of 2 bits.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ Floats = npt.NDArray[np.floating]
 WIDTHS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ROW_MULTIPLE = 128  # of codes, so that rows with one scale start at 16-byte boundaries
-SUPER = 256  # 3-bit codes that share 16 words of high bits
-HIGH_BIT = ((2, 4, 6, 8, 3, 5, 7, 9), (10, 12, 14, 0, 11, 13, 15, 1))
+RUNS = {2: 128, 3: 256}  # codes that are packed together
+LARGEST_SCALE = 127.0  # 512 times as much is a float16
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class MixedWeight:
     codes: one int16 [N, words] per width of `WIDTHS`, [N, 0] where no group has it; the groups of a width are packed as
         if they were the whole weight.
     meta: int32 [(2,) G, N] in sorted order.
-    table: int32 [G]: entry i is the group of K that sorted group i holds.
+    table: int32 [G + F]: entry i is the group of K that sorted group i holds; F zeros, for the groups that fill up the
+        codes of 2 bits to a multiple of 128.
     """
 
     group_size: int
@@ -86,7 +89,7 @@ def from_matmulnbits(
     block: int,
     shape: tuple[int, int],
 ) -> PackedWeight:
-    """The initializers of a MatMulNBits node; the codes are a view of its B.
+    """The initializers of a MatMulNBits node; codes of 4 and 8 bits are a view of its B.
 
     Args:
         blob: uint8 B, N * ceil(K / block) * block * bits / 8 bytes in any shape.
@@ -110,7 +113,11 @@ def from_matmulnbits(
     points = _matmulnbits_points(zero_points, bits, num_rows, num_groups)
     grid = np.asarray(scales).reshape(num_rows, num_groups)
     _check_geometry(bits, block, shape, grid.shape, whole_row=False)
-    return PackedWeight(bits, block, shape, data.view("<i2").reshape(num_rows, -1), pack_meta(grid, points, bits))
+    if bits == 2:
+        words = _pack_words(_split(data.reshape(num_rows, -1), bits), bits)
+    else:
+        words = data.view("<i2").reshape(num_rows, -1)
+    return PackedWeight(bits, block, shape, words, pack_meta(grid, points, bits))
 
 
 def unpack(packed: PackedWeight) -> tuple[Codes, Floats, Floats]:
@@ -151,7 +158,8 @@ def pack_mixed(
         meta = pack_meta(scales[:, table], zero_points[:, table], int(widths.max()), wide=True)
     else:
         meta = np.concatenate(metas)
-    return MixedWeight(group_size, shape, tuple(parts), meta, table)
+    filling = parts[0].shape[1] * 8 // group_size - np.count_nonzero(widths == 2)
+    return MixedWeight(group_size, shape, tuple(parts), meta, np.pad(table, (0, filling)))
 
 
 def pack_meta(scales: Floats, zero_points: Floats, bits: int, wide: bool = False) -> Meta:
@@ -169,7 +177,8 @@ def pack_meta(scales: Floats, zero_points: Floats, bits: int, wide: bool = False
     with np.errstate(over="ignore"):
         half = full.astype(np.float16)
     meta = _low_half(half) | (_low_half(points.astype(np.float16)) << np.uint32(16))
-    if not wide and np.array_equal(half.astype(np.float32), full):
+    held = np.array_equal(half.astype(np.float32), full) and bool(np.all(np.abs(full) <= LARGEST_SCALE))
+    if held and not wide:
         return meta.view(np.int32)
     return np.stack([meta, np.ascontiguousarray(full.T).view(np.uint32)]).view(np.int32)
 
@@ -185,8 +194,8 @@ def unpack_meta(meta: Meta) -> tuple[Floats, Floats]:
 
 def padded_inputs(num_inputs: int, bits: int, group_size: int) -> int:
     """Codes per packed row, filling included."""
-    if bits == 3:
-        return -(-num_inputs // SUPER) * SUPER
+    if bits in RUNS:
+        return -(-num_inputs // RUNS[bits]) * RUNS[bits]
     multiple = group_size if group_size in GROUP_SIZES else ROW_MULTIPLE
     return -(-num_inputs // multiple) * multiple
 
@@ -204,31 +213,37 @@ def _filled(codes: Codes, zero_points: Floats, bits: int, group_size: int) -> Co
 def _pack_words(codes: Codes, bits: int) -> Words:
     """int16 [N, words] from codes [N, padded K]."""
     num_rows, count = codes.shape
-    if bits != 3:
+    if bits not in RUNS:
         return _join(codes.reshape(num_rows, -1, 8 // bits), bits).view("<i2").reshape(num_rows, count * bits // 16)
-    padded = np.zeros((num_rows, -(-count // SUPER) * SUPER), np.uint8)
+    run = RUNS[bits]
+    padded = np.zeros((num_rows, -(-count // run) * run), np.uint8)
     padded[:, :count] = codes
-    low = _join((padded & np.uint8(3)).reshape(num_rows, -1, 4), 2).view("<i2").reshape(num_rows, -1)
-    fields = (padded >> 2).reshape(num_rows, -1, 2, 16, 8).astype(np.uint16)  # [N, super, half, word, plane]
-    high = np.zeros((num_rows, fields.shape[1], 16), np.uint16)
-    for half, positions in enumerate(HIGH_BIT):
-        for plane, position in enumerate(positions):
-            high |= fields[:, :, half, :, plane] << np.uint16(position)
-    return np.concatenate([low, high.view(np.int16).reshape(num_rows, -1)], axis=1)
+    planes = padded.reshape(num_rows, -1, run // 16, 16).astype(np.uint16)  # [N, run, plane, word]
+    words = np.zeros((num_rows, planes.shape[1], run * bits // 256, 16), np.uint16)
+    per_tile = 16 // bits
+    for plane in range(words.shape[2] * per_tile):
+        words[:, :, plane // per_tile] |= planes[:, :, plane] << np.uint16(plane % per_tile * bits)
+    if bits == 3:
+        for tile in range(3):
+            words[:, :, tile] |= (planes[:, :, 15] >> np.uint16(tile) & np.uint16(1)) << np.uint16(15)
+    return words.view(np.int16).reshape(num_rows, -1)
 
 
 def _unpack_words(words: Words, bits: int) -> Codes:
     """uint8 [N, padded K]."""
     num_rows = words.shape[0]
-    if bits != 3:
+    if bits not in RUNS:
         return _split(np.ascontiguousarray(words).view(np.uint8), bits)
-    num_low = words.shape[1] * 2 // 3
-    low = _split(np.ascontiguousarray(words[:, :num_low]).view(np.uint8), 2)
-    high = np.ascontiguousarray(words[:, num_low:]).view(np.uint16).reshape(num_rows, -1, 1, 16, 1)
-    shifts = np.array(HIGH_BIT, np.uint16).reshape(1, 1, 2, 1, 8)
-    bit = ((high >> shifts) & np.uint16(1)).astype(np.uint8).reshape(num_rows, -1)
-    codes: Codes = low | (bit << np.uint8(2))
-    return codes
+    run, per_tile = RUNS[bits], 16 // bits
+    tiles = np.ascontiguousarray(words).view(np.uint16).reshape(num_rows, -1, run * bits // 256, 16)
+    codes = np.empty((num_rows, tiles.shape[1], run // 16, 16), np.uint8)
+    for plane in range(tiles.shape[2] * per_tile):
+        shift = np.uint16(plane % per_tile * bits)
+        codes[:, :, plane] = tiles[:, :, plane // per_tile] >> shift & np.uint16((1 << bits) - 1)
+    if bits == 3:
+        top = (tiles >> np.uint16(15)).astype(np.uint8)
+        codes[:, :, 15] = top[:, :, 0] | top[:, :, 1] << np.uint8(1) | top[:, :, 2] << np.uint8(2)
+    return codes.reshape(num_rows, -1)
 
 
 def _join(fields: Codes, width: int) -> Codes:

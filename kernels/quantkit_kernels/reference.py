@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantkit_kernels.packing import HIGH_BIT, WIDTHS
+from quantkit_kernels.packing import RUNS, WIDTHS
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 INT8_MAX = 127
@@ -19,12 +19,18 @@ INT8_MAX = 127
 
 def unpack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 [N, padded K] from words int16 [N, words]."""
+    if bits == 2:
+        tiles = codes.reshape(codes.shape[0], -1, 1, 16).to(torch.int32)
+        shifts = torch.arange(0, 16, 2, device=codes.device)[:, None]
+        return ((tiles >> shifts) & 3).to(torch.uint8).reshape(codes.shape[0], -1)
     if bits != 3:
         return _fields(codes, bits)
-    low = _fields(codes[:, : codes.shape[1] * 2 // 3], 2)
-    high = codes[:, codes.shape[1] * 2 // 3 :].reshape(codes.shape[0], -1, 1, 16, 1).to(torch.int32)
-    shifts = torch.tensor(HIGH_BIT, dtype=torch.int32, device=codes.device).reshape(1, 1, 2, 1, 8)
-    return low + (((high >> shifts) & 1) << 2).to(torch.uint8).reshape(low.shape)
+    tiles = codes.reshape(codes.shape[0], -1, 3, 1, 16).to(torch.int32) & 0xFFFF
+    shifts = torch.arange(0, 15, 3, device=codes.device)[:, None]
+    planes = ((tiles >> shifts) & 7).flatten(2, 3)
+    weight = torch.tensor([1, 2, 4], device=codes.device)[:, None]
+    last = ((tiles[..., 0, :] >> 15) * weight).sum(2, keepdim=True)
+    return torch.cat([planes, last], 2).to(torch.uint8).reshape(codes.shape[0], -1)
 
 
 def scales_and_points(meta: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +51,7 @@ def dequantize(codes: Tensor, meta: Tensor, bits: int, group_size: int, num_inpu
 def dequantize_mixed(codes: Sequence[Tensor], meta: Tensor, table: Tensor, group_size: int, num_inputs: int) -> Tensor:
     """W float32 [N, K] of a mixed weight: one tensor of codes for each of 2, 3, 4, 8 bits, meta in sorted order."""
     num_groups = meta.shape[-2]
-    counts = group_counts([part.shape[1] for part in codes], group_size, num_groups)
+    counts = group_counts([part.shape[1] for part in codes], group_size, num_groups, table.shape[0])
     parts = [
         unpack_codes(part, bits)[:, : count * group_size]
         for part, bits, count in zip(codes, WIDTHS, counts, strict=True)
@@ -55,16 +61,24 @@ def dequantize_mixed(codes: Sequence[Tensor], meta: Tensor, table: Tensor, group
     values = torch.cat(parts, dim=1).float().reshape(-1, num_groups, group_size)
     groups = (values - points.T[:, :, None]) * scales.T[:, :, None]
     restored = torch.empty_like(groups)
-    restored[:, table.long()] = groups
+    restored[:, table[:num_groups].long()] = groups
     return restored.reshape(values.shape[0], -1)[:, :num_inputs]
 
 
-def group_counts(words: Sequence[int], group_size: int, num_groups: int) -> tuple[int, ...]:
-    """Groups of each width, from the words per row; what 3-bit rows are filled up with counts for nothing."""
+def group_counts(words: Sequence[int], group_size: int, num_groups: int, entries: int) -> tuple[int, ...]:
+    """Groups of each width, from the words per row, the groups and the entries of the table.
+
+    What rows of 2 and 3 bits are filled up with counts for nothing; for 2 bits the table has an entry for each.
+    """
     counts = [count * 16 // (bits * group_size) for count, bits in zip(words, WIDTHS, strict=True)]
+    filling = entries - num_groups
+    counts[0] -= filling
     counts[1] = num_groups - counts[0] - counts[2] - counts[3]
-    if len(words) != len(WIDTHS) or not 0 <= counts[1] * group_size * 3 <= words[1] * 16:
-        raise ValueError(f"codes of {tuple(words)} words do not hold {num_groups} groups of {group_size}")
+    held = counts[0] >= 0 and 0 <= counts[1] * group_size * 3 <= words[1] * 16
+    if len(words) != len(WIDTHS) or not held or not 0 <= filling * group_size < RUNS[2]:
+        raise ValueError(
+            f"codes of {tuple(words)} words and a table of {entries} do not hold {num_groups} groups of {group_size}"
+        )
     return tuple(counts)
 
 

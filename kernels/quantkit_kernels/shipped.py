@@ -88,12 +88,12 @@ def product(case: Case, arch: int) -> Compilation:
     skinny_case = case.kernel == "skinny"
     words, unroll, shared = (config.words_and_tiles if skinny_case else config.gemm_words)(case.bits, case.group_size)
     half = TYPES[case.dtype]
-    pointers = {"x": "*i32" if case.bits == 8 else "*i64", "w": "*i16", "sz": "*i32"}
+    pointers = {"x": {4: "*i64", 8: "*i32"}.get(case.bits, half), "w": "*i16", "sz": "*i32"}
     if not skinny_case:
         pointers["x"] = half
-    sizes = ("M", "N", "K", *(("KX",) if skinny_case else ()), "swn", "sxm", "high", "wide")
+    sizes = ("M", "N", "K", *(("KX",) if skinny_case else ()), "swn", "sxm", "wide")
     constants = {"BITS": case.bits, "GS": case.group_size, "C": words, "U": unroll, "R": shared, "EVEN": True}
-    weights = tile.BN * words * unroll * 16 // (2 if case.bits == 3 else case.bits)
+    weights = tile.BN * words * unroll * 16 // case.bits
     kernel = skinny if skinny_case else gemm
     return _compilation(case, kernel, pointers, sizes, constants, tile, weights)
 
@@ -101,13 +101,13 @@ def product(case: Case, arch: int) -> Compilation:
 def mixed_product(case: Case, arch: int) -> Compilation:
     """`mixed` with groups of every width; its widest loop is that of 3 bits, 256 codes long."""
     tile = config.rule(case, arch)
-    pointers = {"x4": "*i64", "x2": "*i32", **{f"w{bits}": "*i16" for bits in (2, 3, 4, 8)}}
+    pointers = {"x4": "*i64", "x2": "*i32", "x1": TYPES[case.dtype], **{f"w{bits}": "*i16" for bits in (2, 3, 4, 8)}}
     pointers |= {"sz": "*i32", "tab": "*i32"}
     counted = [f"{name}{bits}" for name in ("n", "sw") for bits in (2, 3, 4, 8)]
     shapes = config.mixed_shapes(case.group_size, (16, 16, 16, 16), case.K)
     constants: dict[str, Any] = {"GS": case.group_size, "R": shapes[0][2]}
     constants |= {f"S{bits}": shape for bits, shape in zip((2, 3, 4, 8), shapes, strict=True)}
-    sizes = ("M", "N", "kx4", "kx2", *counted, "sx4", "sx2", "wide")
+    sizes = ("M", "N", "K", "kx4", "kx2", *counted, "sx4", "sx2", "sx1", "wide")
     return _compilation(case, mixed, pointers, sizes, constants, tile, tile.BN * 256)
 
 
@@ -123,9 +123,9 @@ def int8_product(case: Case, arch: int) -> Compilation:
 
 def rows_of_floats(bits: int) -> Compilation:
     """`dequant`, as it looks up the rows of a table."""
-    words = 16 if bits == 3 else 8 * bits
+    words = 16 * bits if bits < 4 else 8 * bits
     signature = {"ids": "*i64", "w": "*i16", "sz": "*i32", "o": "*fp16"}
-    signature |= dict.fromkeys(("rows", "N", "K", "swn", "son", "high", "wide"), "i32")
+    signature |= dict.fromkeys(("rows", "N", "K", "swn", "son", "wide"), "i32")
     constants = {"BITS": bits, "GS": 128, "C": words, "BN": 16, "WIDE": False, "IDS": True}
     return Compilation(f"dequant b{bits}", dequant, signature, constants, Tile(0, 16, 1, 4, 3), 0)
 

@@ -14,6 +14,8 @@ import torch
 from quantkit_kernels import MixedWeight, PackedWeight, pack, pack_mixed
 from torch import Tensor
 
+from quantkit.packing import blob
+
 Float64 = npt.NDArray[np.float64]
 
 # Norm of the error over norm of the result, for the worst output: float16 results round by 2^-11, random over M values.
@@ -100,11 +102,12 @@ def error(out: Tensor, expected: Float64) -> float:
 
 
 def onnxruntime_product(x: Tensor, sampled: Sample, block: int, with_points: bool = True) -> Float64:
-    """x [M, K] times the weight by onnxruntime's MatMulNBits in float32, on the bytes that the kernels read."""
+    """x [M, K] times the weight by onnxruntime's MatMulNBits in float32; 4 and 8 bits on the bytes the kernels read."""
     bits, (num_rows, num_inputs) = sampled.packed.bits, sampled.packed.shape
     num_groups = sampled.scales.shape[1]
+    stored = blob(sampled.codes, bits, block, 0) if bits == 2 else np.ascontiguousarray(sampled.packed.codes)
     initializers = {
-        "B": np.ascontiguousarray(sampled.packed.codes).view(np.uint8).reshape(num_rows, num_groups, -1),
+        "B": stored.view(np.uint8).reshape(num_rows, num_groups, -1),
         "scales": sampled.scales.astype(np.float32),
     }
     if with_points:

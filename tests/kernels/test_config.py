@@ -13,13 +13,16 @@ from quantkit_kernels.config import Case, Tile
 @pytest.mark.parametrize("group_size", [0, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_tiles_hold_what_the_kernels_assume(bits: int, group_size: int) -> None:
-    """Whole words, 8 at least, whole groups per tile or whole tiles per group, 256 codes per step of 3 bits."""
-    per_word = 16 // (2 if bits == 3 else bits)
+    """Whole words, 8 at least, whole groups per tile or whole tiles per group; 2 and 3 bits come in runs."""
+    if bits < 4:
+        assert config.words_and_tiles(bits, group_size) == (256 * bits // 16, 1, 1)
+        assert config.gemm_words(bits, group_size) == (16 if bits == 2 else 48, 1, 1)
+        return
+    per_word = 16 // bits
     words, unroll, shared = config.words_and_tiles(bits, group_size)
     tile = words * per_word
     assert words >= 8
     assert words & (words - 1) == 0
-    assert bits != 3 or (words <= 16 and tile * unroll == 256)
     if group_size:
         assert shared == max(1, tile // group_size)
         assert group_size <= tile or group_size % (tile * unroll) == 0
@@ -33,9 +36,11 @@ def test_mixed_shapes_share_their_copies_of_x(group_size: int) -> None:
     shapes = config.mixed_shapes(group_size, (3, 1, 2, 5), 11 * group_size)
     assert len({shape[2] for shape in shapes}) == 1
     for bits, (words, unroll, shared, even), count in zip((2, 3, 4, 8), shapes, (3, 1, 2, 5), strict=True):
-        tile = words * 16 // (2 if bits == 3 else bits)
-        assert tile == shared * group_size or (shared == 1 and group_size % (tile * unroll) == 0)
-        assert bits != 3 or (tile * unroll == 256 and words <= 16)
+        tile = words * 16 // bits
+        if bits < 4:
+            assert (tile, unroll) == (256, 1)
+        else:
+            assert tile == shared * group_size or (shared == 1 and group_size % (tile * unroll) == 0)
         assert even == (count * group_size % (tile * unroll) == 0)
 
 

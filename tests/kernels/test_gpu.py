@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton
 import triton.language as tl
 from quantkit_kernels import (
     config,
@@ -20,11 +19,10 @@ from quantkit_kernels import (
     nbits_linear,
     reference,
 )
-from quantkit_kernels._planes import qplane
-from quantkit_kernels.packing import HIGH_BIT
 from torch import Tensor
 
 from tests.kernels.samples import WEIGHTS, activations, bias, mixed_sample, product, sample, tensor
+from tests.kernels.words import Words, planes
 
 pytestmark = pytest.mark.gpu
 
@@ -33,54 +31,17 @@ HALF = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # norm of the error over nor
 ROUNDED = {torch.float16: 8e-4, torch.bfloat16: 6e-3}  # where the weights are rounded, too
 
 
-@triton.jit
-def planes(
-    words,
-    high,
-    points,
-    o,
-    BITS: tl.constexpr,
-    HALF_WORD: tl.constexpr,
-    DT: tl.constexpr,
-    ASM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """o[z, p, word] = plane p of every word for every zero point; 65536 words."""
-    P: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    q = tl.load(words + at)
-    h = tl.load(high + at)
-    z = tl.zeros((1, 1), tl.float32) + tl.load(points + tl.program_id(1))
-    for p in tl.static_range(P):
-        value = qplane(q, h, z, p, BITS, HALF_WORD, DT, ASM)
-        tl.store(o + (tl.program_id(1) * P + p) * 65536 + at, value.to(tl.float32))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "half"), [(2, 0), (3, 0), (3, 1), (4, 0), (8, 0)])
-def test_every_word(bits: int, half: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_word(bits: int, dtype: torch.dtype) -> None:
     """All 65536 words and all planes at every zero point (every 17th for 8 bits): exact, with and without assembly."""
-    words = np.arange(65536, dtype=np.uint16)
-    high = np.random.default_rng(0).permutation(words)
-    points = np.arange(0, 1 << bits, 17 if bits == 8 else 1, dtype=np.float32)
-    low = 2 if bits == 3 else bits
-    expected = []
-    for plane in range(16 // low):
-        code = (words >> (low * plane)) & ((1 << low) - 1)
-        if bits == 3:
-            code = code | (((high >> HIGH_BIT[half][plane]) & 1) << 2)
-        expected.append(code.astype(np.float32))
-    exact = np.stack(expected)[None] - points[:, None, None]
-    if bits == 8 and dtype == torch.bfloat16:
-        exact = exact / 64
-    stored = [tensor(array.view(np.int16)).cuda() for array in (words, high)]
+    every = Words.of(bits)
+    stored = [tensor(every.words).cuda(), tensor(every.points).cuda()]
     for asm in (True, False):
-        out = torch.full(exact.shape, float("nan"), device="cuda")
-        planes[(64, len(points))](
-            *stored, tensor(points).cuda(), out, BITS=bits, HALF_WORD=half, DT=getattr(tl, str(dtype).split(".")[1]),
-            ASM=asm, BLOCK=1024,
-        )  # fmt: skip
-        assert np.array_equal(out.cpu().numpy(), exact)
+        out = torch.full(every.exact.shape, float("nan"), device="cuda")
+        kind = getattr(tl, str(dtype).split(".")[1])
+        planes[(64, len(every.points))](*stored, out, BITS=bits, DT=kind, ASM=asm, BLOCK=1024)
+        assert np.array_equal(out.cpu().numpy(), every.exact)
 
 
 def large(bits: int, group_size: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,10 +127,13 @@ def test_refused_by_the_others() -> None:
         int8_linear(x, codes, meta, 4, 32, torch.ones(2))
     weight, _ = mixed_sample(np.array([4, 2, 3, 8]), 64, (12, 250))
     parts, words, table = [tensor(part) for part in weight.codes], tensor(weight.meta), tensor(weight.table)
-    with pytest.raises(ValueError, match="4 groups of 64 and a table of 4 do not fit K = 96"):
+    with pytest.raises(ValueError, match="4 groups of 64 do not fit K = 96"):
         mixed_linear(x, parts, words, table, 64)
-    with pytest.raises(ValueError, match=re.escape("do not hold 4 groups of 128")):
+    with pytest.raises(ValueError, match=re.escape("and a table of 5 do not hold 4 groups of 128")):
         mixed_linear(activations(5, 250), parts, words, table, 128)
+    for entries in (3, 6):
+        with pytest.raises(ValueError, match=f"and a table of {entries} do not hold 4 groups of 64"):
+            mixed_linear(activations(5, 250), parts, words, torch.zeros(entries, dtype=torch.int32), 64)
     with pytest.raises(ValueError, match="activation must be one of"):
         reference.activate(x, "tanh")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from quantkit_kernels import from_matmulnbits, pack, pack_mixed, reference, unpack
-from quantkit_kernels.packing import HIGH_BIT, pack_meta, padded_inputs, unpack_meta
+from quantkit_kernels.packing import LARGEST_SCALE, pack_meta, padded_inputs, unpack_meta
 
 from quantkit.packing import blob, pack_zero_points
 from tests.kernels.samples import (
@@ -42,7 +42,7 @@ def test_unpack_inverts_pack(bits: int, group_size: int) -> None:
 
 
 @pytest.mark.parametrize("block", [16, 32, 128])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [4, 8])
 def test_bytes_are_those_of_the_emitter(bits: int, block: int) -> None:
     sampled = sample(bits, block, (6, 200))
     stored = blob(sampled.codes, bits, block, sampled.zero_points[:, -1].astype(np.uint8))
@@ -53,12 +53,13 @@ def test_bytes_are_those_of_the_emitter(bits: int, block: int) -> None:
 @pytest.mark.parametrize("points", ["packed", "floats", "default"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_initializers_of_a_node(bits: int, points: str) -> None:
-    """The codes are a view of the initializer; the product is onnxruntime's."""
+    """The codes of 4 and 8 bits are a view of the initializer; the product is onnxruntime's."""
     sampled = sample(bits, 32, (6, 200), symmetric=points == "default")
     stored = blob(sampled.codes, bits, 32, 0)
     given = {"packed": pack_zero_points(sampled.zero_points, bits), "floats": sampled.zero_points, "default": None}
     packed = from_matmulnbits(stored, sampled.scales.reshape(-1), given[points], bits, 32, (6, 200))
-    assert np.shares_memory(packed.codes, stored)
+    assert np.shares_memory(packed.codes, stored) == (bits != 2)
+    assert np.array_equal(unpack(packed)[0], sampled.codes)
     assert np.array_equal(packed.meta, sampled.packed.meta)
     x = activations(3, 200, torch.float32)
     weight = reference.dequantize(tensor(packed.codes), tensor(packed.meta), bits, 32, 200)
@@ -67,8 +68,29 @@ def test_initializers_of_a_node(bits: int, points: str) -> None:
     assert error(out, product(x, sampled.weight)) < 1e-6
 
 
-def test_high_bits_take_every_place_once() -> None:
-    assert sorted(HIGH_BIT[0] + HIGH_BIT[1]) == list(range(16))
+def test_words_of_two_bits() -> None:
+    """One code at a time: of 128, 16 * p + c fills field p of word c."""
+    for k in range(256):
+        codes = np.zeros((1, 256), np.uint8)
+        codes[0, k] = 3
+        words = pack(codes, np.ones((1, 1)), np.zeros((1, 1)), 2, 256).codes.view(np.uint16).reshape(2, 16)
+        expected = np.zeros((2, 16), np.uint16)
+        expected[k // 128, k % 16] = 3 << 2 * (k // 16 % 8)
+        assert np.array_equal(words, expected)
+
+
+def test_words_of_three_bits() -> None:
+    """One code at a time: 16 * p + c fills field p % 5 of word c of tile p // 5, or bits 15 of the three words c."""
+    for k in range(256):
+        codes = np.zeros((1, 256), np.uint8)
+        codes[0, k] = 5
+        tiles = pack(codes, np.ones((1, 1)), np.zeros((1, 1)), 3, 256).codes.view(np.uint16).reshape(3, 16)
+        expected = np.zeros((3, 16), np.uint16)
+        if k < 240:
+            expected[k // 80, k % 16] = 5 << 3 * (k // 16 % 5)
+        else:
+            expected[[0, 2], k % 16] = 1 << 15
+        assert np.array_equal(tiles, expected)
 
 
 def test_words_of_meta() -> None:
@@ -83,6 +105,14 @@ def test_words_of_meta() -> None:
     assert unpack_meta(pack_meta(np.array([[1e-9]]), np.array([[0]]), 2))[0][0, 0] == np.float32(1e-9)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_scales_stay_float32(sign: int) -> None:
+    """The kernels multiply scales by 512 in float16."""
+    assert np.isfinite(np.float16(512 * LARGEST_SCALE))
+    assert pack_meta(np.array([[sign * LARGEST_SCALE]]), np.array([[0]]), 2).shape == (1, 1)
+    assert pack_meta(np.array([[sign * 128.0]]), np.array([[0]]), 2).shape == (2, 1, 1)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_mixed_widths(wide: bool) -> None:
     """Odd numbers of groups, an absent width, a last group that K cuts; equal widths stay in order."""
@@ -92,6 +122,18 @@ def test_mixed_widths(wide: bool) -> None:
     assert [part.shape[1] for part in weight.codes] == [16, 48, 32, 0]
     codes = [tensor(part) for part in weight.codes]
     restored = reference.dequantize_mixed(codes, tensor(weight.meta), tensor(weight.table), 64, 430)
+    np.testing.assert_allclose(restored.double().numpy(), dense, rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize(("count", "filling"), [(1, 3), (3, 1), (4, 0), (5, 3)])
+def test_groups_that_fill_up_two_bits(count: int, filling: int) -> None:
+    """128 codes are four groups of 32: the table has a zero for each that is missing, and counts can be told."""
+    weight, dense = mixed_sample(np.array([3] + [2] * count), 32, (5, 32 * (1 + count)))
+    assert weight.table.tolist() == [*range(1, count + 1), 0] + [0] * filling
+    words = [part.shape[1] for part in weight.codes]
+    assert reference.group_counts(words, 32, count + 1, weight.table.size) == (count, 1, 0, 0)
+    codes = [tensor(part) for part in weight.codes]
+    restored = reference.dequantize_mixed(codes, tensor(weight.meta), tensor(weight.table), 32, dense.shape[1])
     np.testing.assert_allclose(restored.double().numpy(), dense, rtol=2**-23, atol=0)
 
 
