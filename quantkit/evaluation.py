@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from quantkit import metrics
-from quantkit.calibration.data import CalibrationData, InputSpec
-from quantkit.calibration.inputs import LABELS
+from quantkit.calibration.data import CalibrationData, InputSpec, open_calibration
+from quantkit.calibration.inputs import LABELS, label_spec
 from quantkit.calibration.request import EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.runtime.ort import Session, first_line
 from quantkit.types import Array
 from quantkit.userfunction import import_function
-from quantkit.verify import open_data, session_inputs
+from quantkit.verify import session_inputs
 
 PARTS = 20
 """Of the samples, for the jackknife: its own figure is then known to a sixth."""
+LABELS_HINT = (
+    "give an .npz file with 'labels' [samples, ...] beside the inputs, a folder of images with one sub-folder for each "
+    "class, or MODULE:FUNCTION whose feeds hold 'labels'"
+)
 Outputs = Mapping[str, Array]
 Score = Callable[[Outputs, Outputs, Outputs], float]
 
@@ -30,7 +34,7 @@ class Evaluation:
     """A metric on a data set; higher is better.
 
     Attributes:
-        data: the model's inputs, and `labels` for metrics that need them.
+        data: the model's inputs, and `labels` where there are any.
         score: (outputs, float model's outputs, feeds) -> figure.
         reference: the float model.
         name: of the metric.
@@ -57,7 +61,14 @@ class Evaluation:
     def _figure(self, outputs: Outputs, reference: Outputs, feeds: Outputs) -> float:
         try:
             figure = float(self.score(outputs, reference, feeds))
+        except InputError as error:
+            raise InputError(f"the metric {self.name} on {self.data.description}: {error}") from error
         except Exception as error:  # a user's function may raise anything
+            if isinstance(error, KeyError) and error.args == (LABELS,) and LABELS not in feeds:
+                raise InputError(
+                    f"the metric {self.name} asks for feeds['{LABELS}'], and there are none in "
+                    f"{self.data.description}: {LABELS_HINT}"
+                ) from error
             raise InputError(f"the metric {self.name} failed on the model's outputs: {first_line(error)}") from error
         if not math.isfinite(figure):
             raise InputError(f"the metric {self.name} gave {figure} on the model's outputs; it must be a finite number")
@@ -97,32 +108,38 @@ class Evaluation:
 
 
 def needs_labels(metric: str) -> bool:
+    """Whether there must be labels, a whole number for each sample; other metrics see those that there are."""
     return metric == "top1"
 
 
-def label_input() -> InputSpec:
-    """How labels are named in an evaluation file, beside the model's inputs."""
-    return InputSpec(LABELS, np.dtype(np.int64), ("batch",))
-
-
-def make_evaluation(request: EvaluationRequest, data: CalibrationData, reference: Session) -> Evaluation:
-    """The evaluation that a request asks for.
-
-    Raises:
-        InputError: no such metric, or the function cannot be imported.
-    """
-    return Evaluation(data, _score(request.metric), reference, request.metric)
-
-
 def open_evaluation(request: EvaluationRequest, reference: Session) -> Evaluation:
-    """The evaluation with its data, read for the float model's inputs and, where the metric needs them, labels.
+    """The evaluation with its data, read for the float model's inputs and, where there are or must be any, labels.
 
     Raises:
         InputError: the data do not fit, no such metric, or the function cannot be imported.
     """
-    inputs = session_inputs(reference)
-    wanted = [*inputs, label_input()] if needs_labels(request.metric) else inputs
-    return make_evaluation(request, open_data(request.data, wanted), reference)
+    data = open_labelled(request, session_inputs(reference))
+    return Evaluation(data, _score(request.metric), reference, request.metric)
+
+
+def open_labelled(request: EvaluationRequest, inputs: Sequence[InputSpec]) -> CalibrationData:
+    """The data of a request: the inputs, and `labels` [samples, ...] where the data hold any.
+
+    Raises:
+        InputError: the data do not fit, or the metric needs labels and there are none.
+    """
+    if needs_labels(request.metric) and all(spec.name != LABELS for spec in inputs):
+        inputs = [*inputs, label_spec(inputs)]
+    asked = request.data
+    return open_calibration(
+        asked.source,
+        inputs,
+        preprocess=asked.preprocess,
+        tokenizer=asked.tokenizer,
+        batch_size=asked.batch_size,
+        max_samples=asked.max_samples,
+        labels=True,
+    )
 
 
 def _score(metric: str) -> Score:

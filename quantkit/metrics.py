@@ -58,13 +58,21 @@ def top1(scores: Array, labels: Array) -> float:
     """Share of samples whose best class is the label; scores [samples, classes(, 1, 1)].
 
     Raises:
-        InputError: the output holds no class scores, or labels are missing.
+        InputError: the output holds no class scores, labels are missing, or one is none of the classes.
     """
     if scores.ndim < 2 or len([size for size in scores.shape[1:] if size != 1]) != 1:
         raise InputError(f"top1 needs an output [samples, classes], got {list(scores.shape)}; give another metric")
     if labels.size != len(scores):
         raise InputError(f"top1 needs one label for each of {len(scores)} samples, got {labels.size}")
-    return float((scores.reshape(len(scores), -1).argmax(axis=1) == labels.reshape(-1)).mean())
+    table, wanted = scores.reshape(len(scores), -1), labels.reshape(-1)
+    wrong = (wanted < 0) | (wanted >= table.shape[1])
+    if wrong.any():
+        place, count = int(wrong.argmax()), table.shape[1]
+        raise InputError(
+            f"the label {wanted[place]} of sample {place} is none of the {count} classes 0 to {count - 1} of the "
+            "model's output; number labels from 0 (are they counted from 1?), in the order of the output's classes"
+        )
+    return float((table.argmax(axis=1) == wanted).mean())
 
 
 def join(batches: Sequence[Outputs]) -> dict[str, Array]:

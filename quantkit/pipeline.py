@@ -69,10 +69,15 @@ ERROR_STATS = frozenset({"rows", "mean"})
 
 @dataclass(frozen=True)
 class Data:
-    """Calibration and held-out samples; both None for weight-only work without data."""
+    """Calibration and held-out samples; both None for weight-only work without data.
+
+    Attributes:
+        notes: what the user should know of them.
+    """
 
     calibration: CalibrationData | None
     held_out: HeldOut | None
+    notes: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -157,7 +162,11 @@ def prepare(
     data = _open_data(
         calibration, reference, options, min(most_held_out, LARGE_HOLDOUT_SAMPLES) if large else most_held_out
     )
+    loaded = replace(loaded, notes=(*loaded.notes, *data.notes))
     judge = None if evaluation is None else open_evaluation(evaluation, reference)
+    if judge is not None and not large:
+        with progress.task("evaluating the float model"):
+            _ = judge.float_score  # now, not after the work: labels or a metric may be of no use
     wanted = quantizer.stats | statistics | ERROR_STATS
     original = Rescaled(loaded, targets)
     return Run(name, original, untouched, reference, options, quantizer, wanted, data, judge, progress, store)
@@ -313,12 +322,13 @@ def _open_data(calibration: object, reference: Session, options: Options, most_h
         raise InputError("the model has no inputs, so there is nothing to calibrate it with; leave the data out")
     made_up = calibration is None
     data = random_calibration(inputs, seed=options.seed) if made_up else open_data(calibration, inputs)
+    note = data.split_note
     kept, held = data.split(options.holdout / 100)
     kept = kept.subset(options.calibration_size) if options.calibration_size else kept
     held = held.subset(most_held_out)
     feeds = list(held)
     check_repeatable(reference, feeds[0])
-    return Data(kept, HeldOut(feeds, run_all(reference, feeds), reference))
+    return Data(kept, HeldOut(feeds, run_all(reference, feeds), reference), () if note is None else (note,))
 
 
 def finish(context: Context, budget: Budget, outcome: Outcome, run: Run) -> Result:

@@ -18,6 +18,7 @@ from quantkit import measuring, pipeline
 from quantkit.allocation import _keeps_as_much
 from quantkit.budget import Budget
 from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
+from quantkit.errors import InputError
 from quantkit.report.types import Contender, Report
 from quantkit.runtime.ort import DeferredSession, Session, make_session
 from quantkit.types import Measurement
@@ -166,3 +167,19 @@ def test_what_is_ignored_is_told_not_to_count() -> None:
     share = round(100 * 32 * 144 / (16 * 27 + 32 * 144 + 10 * 32))
     assert f"ignored layers stay float (1, {share}% of the weights): averages of bits" in " ".join(report.notes)
     assert "ignored layers" not in " ".join(quantkit.compress(models.cnn(), quantizer="rtn").report.notes)
+
+
+def test_one_sample_is_told_to_do_both() -> None:
+    alone = {name: values[:1] for name, values in models.images(1).items()}
+    notes = quantkit.compress(models.cnn(), calibration=alone, quantizer="rtn", bits=(8,)).report.notes
+    assert any("both calibrates and measures, so that the figures mean little" in note for note in notes)
+    notes = quantkit.compress(models.cnn(), calibration=models.images(2), quantizer="rtn", bits=(8,)).report.notes
+    assert not any("both calibrate" in note for note in notes)
+
+
+def test_labels_that_cannot_be_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "eval.npz", **models.images(12), labels=np.arange(900, 912))
+    evaluation = EvaluationRequest(CalibrationRequest(str(tmp_path / "eval.npz")), "top1")
+    monkeypatch.setattr(pipeline, "collect", lambda *arguments: pytest.fail("calibration has begun"))
+    with pytest.raises(InputError, match=r"the label 900 of sample 0 is none of the 10 classes 0 to 9"):
+        quantkit.compress(models.cnn(), calibration=models.images(20), evaluation=evaluation)

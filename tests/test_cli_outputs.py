@@ -196,6 +196,46 @@ def test_verify_and_apply_measure_the_metric_too(here: Path, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out)["accuracy"] == found
 
 
+def test_labels_reach_a_metric_of_the_users(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of a file, and those of class folders; without any it is said how to give them."""
+    Path("own_metric.py").write_text(
+        "def acc(outputs, feeds): return float((outputs['y'].argmax(1) == feeds['labels']).mean())"
+    )
+    rng = np.random.default_rng(2)
+    for place in range(8):
+        Path(f"classes/{place % 4}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(f"classes/{place % 4}/{place}.png")
+    for source in (["e.npz"], ["classes", "--preprocess", "raw"]):
+        shown = []
+        for metric in ("top1", "own_metric:acc"):
+            judged = ["--eval", *source, "--metric", metric, "--json", "-q"]
+            assert cli.main(["verify", "m.onnx", "--against", "m.onnx", *judged]) == 0
+            shown.append(json.loads(capsys.readouterr().out)["accuracy"])
+        assert {**shown[1], "metric": "top1"} == shown[0]
+    assert cli.main(["verify", "m.onnx", "--against", "m.onnx", "--eval", "d.npz", "--metric", "own_metric:acc"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "asks for feeds['labels'], and there are none in 20 samples of d.npz: give an .npz file with" in told
+
+
+def test_labels_of_other_classes_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("e.npz", **models.images(20), labels=np.arange(900, 920) % 910)
+    judged = ["--eval", "e.npz", "--metric", "top1"]
+    assert cli.main(["verify", "m.onnx", "--against", "m.onnx", *judged]) == 2
+    told = "the metric top1 on 20 samples of e.npz: the label 900 of sample 0 is none of the 10 classes 0 to 9"
+    assert told in " ".join(capsys.readouterr().err.split())
+    asked = ["--calib", "d.npz", "--max-drop", "1%", "--allocator", "uniform", "-o", "q.onnx"]
+    assert cli.main(["compress", "m.onnx", *asked, *judged]) == 2
+    assert told in " ".join(capsys.readouterr().err.split()) and not Path("q.onnx").exists()
+
+
+def test_an_accuracy_says_on_how_many_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = ["--eval", "e.npz", "--metric", "top1"]
+    for calibration, told in ((["--calib", "d.npz@:7"], True), (["--calib", "d.npz"], False), ([], False)):
+        assert cli.main(["verify", "m.onnx", "--against", "m.onnx", *calibration, *judged]) == 0
+        shown = " ".join(capsys.readouterr().err.split())
+        assert ("(drop 0) on 20 samples" in shown) is told and ("samples 7" if told else "samples 20") in shown
+
+
 def test_saving_spares_the_float_weights(here: Path) -> None:
     onnx.save(models.cnn(), "float.onnx", save_as_external_data=True, location="float.q.onnx.data", size_threshold=16)
     kept = Path("float.q.onnx.data").read_bytes()

@@ -14,17 +14,14 @@ import pytest
 from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.evaluation import (
-    LABELS,
     Evaluation,
     Outputs,
     agreement_error,
-    label_input,
-    make_evaluation,
     needs_labels,
+    open_evaluation,
 )
 from quantkit.runtime.ort import Session, make_session
-from quantkit.types import FloatArray
-from quantkit.verify import open_data, session_inputs
+from quantkit.types import Array, FloatArray
 
 WEIGHT: FloatArray = np.random.default_rng(1).standard_normal((6, 4)).astype(np.float32)
 
@@ -53,16 +50,12 @@ def samples(tmp_path: Path) -> Path:
 
 def evaluation(metric: str, path: Path, keys: str = "image=X,labels=Y", reference: Session | None = None) -> Evaluation:
     reference = reference or linear(WEIGHT)
-    keys = keys if needs_labels(metric) else keys.partition(",")[0]
     request = EvaluationRequest(CalibrationRequest(f"{path}:{keys}", batch_size=8), metric)
-    inputs = session_inputs(reference)
-    wanted = [*inputs, label_input()] if needs_labels(metric) else inputs
-    return make_evaluation(request, open_data(request.data, wanted), reference)
+    return open_evaluation(request, reference)
 
 
 def test_only_top1_needs_labels() -> None:
     assert [name for name in ("top1", "agreement", "cosine", "sqnr", "m:f") if needs_labels(name)] == ["top1"]
-    assert (label_input().name, label_input().dtype) == (LABELS, np.dtype(np.int64))
 
 
 def test_top1_with_labels_from_the_same_file(samples: Path) -> None:
@@ -85,17 +78,43 @@ def test_figures_against_the_float_model(samples: Path) -> None:
 
 
 def test_agreement_needs_class_scores(samples: Path) -> None:
-    with pytest.raises(InputError, match="agreement failed on the model's outputs: the first output holds no class"):
+    with pytest.raises(InputError, match=r"agreement on 20 samples of data\.npz:.*: the first output holds no class"):
         evaluation("agreement", samples, reference=linear(WEIGHT[:, :1])).measure(linear(WEIGHT[:, :1]))
 
 
 def test_labels_that_do_not_match(samples: Path) -> None:
-    with pytest.raises(InputError, match="samples"):
-        evaluation("top1", samples, "image=X,labels=few").measure(linear(WEIGHT))
+    for metric in ("top1", "agreement"):
+        with pytest.raises(InputError, match="different numbers of samples: 20 for 'image', 3 for 'labels'"):
+            evaluation(metric, samples, "image=X,labels=few")
     with pytest.raises(InputError, match="absent"):
         evaluation("top1", samples, "image=X,labels=absent")
     with pytest.raises(InputError, match="labels"):
         evaluation("top1", samples, "image=X")
+
+
+@pytest.mark.parametrize(("wrong", "place"), [(-1, 3), (4, 0), (900, 19)])
+def test_labels_that_are_no_class(tmp_path: Path, wrong: int, place: int) -> None:
+    labels = np.arange(20) % 4
+    labels[place] = wrong
+    np.savez(tmp_path / "e.npz", image=np.ones((20, 6), np.float32), labels=labels)
+    request = EvaluationRequest(CalibrationRequest(str(tmp_path / "e.npz")), "top1")
+    told = (
+        rf"the metric top1 on 20 samples of e\.npz: the label {wrong} of sample {place} is none of the 4 classes 0 to "
+        r"3 of the model's output; number labels from 0 \(are they counted from 1\?\), in the order of the output's"
+    )
+    with pytest.raises(InputError, match=told):
+        open_evaluation(request, linear(WEIGHT)).drop_with_error(linear(WEIGHT))
+
+
+@pytest.mark.parametrize("metric", ["agreement", "cosine", "sqnr"])
+def test_metrics_that_need_no_labels_ignore_them(tmp_path: Path, metric: str) -> None:
+    images = np.random.default_rng(7).standard_normal((20, 6)).astype(np.float32)
+    found = []
+    for extra in ({}, {"labels": np.full((20, 2), -7.5)}):
+        np.savez(tmp_path / "e.npz", image=images, **extra)
+        request = EvaluationRequest(CalibrationRequest(str(tmp_path / "e.npz")), metric)
+        found.append(open_evaluation(request, linear(WEIGHT)).drop_with_error(linear(WEIGHT * np.float32(0.9))))
+    assert found[0] == found[1]
 
 
 @pytest.fixture
@@ -106,6 +125,17 @@ import numpy as np
 NUMBER = 3
 def mean(outputs, feeds):
     return np.abs(outputs["y"]).mean() + feeds["image"].shape[0]
+def labelled(outputs, feeds):
+    assert set(feeds) == {"image", "labels"} and len(feeds["labels"]) == len(feeds["image"])
+    return feeds["labels"].astype(np.float64).sum()
+def batches():
+    for start in (0, 10):
+        yield {"image": np.ones((10, 6), np.float32), "labels": np.arange(start, start + 10)}
+def tuples():
+    return [(np.ones((10, 6), np.float32), np.arange(start, start + 10)) for start in (0, 10)]
+def unlabelled():
+    yield {"image": np.ones((10, 6), np.float32)}
+def other(outputs, feeds): return {}["labels"]
 def nothing(outputs, feeds): return None
 def text(outputs, feeds): return "good"
 def lost(outputs, feeds): return outputs["z"]
@@ -128,6 +158,65 @@ def test_a_function_of_the_users(samples: Path, function: str) -> None:
     assert found.float_score == pytest.approx(np.abs(images @ WEIGHT).mean() + 20, rel=1e-6)
     assert found.name == "my_metrics:mean"
     assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.arange(20), np.arange(20.0)[:, None] / 8, np.ones((20, 3, 2), np.uint8), np.ones((20, 5, 5, 3), np.uint8)],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_labels_of_any_kind_reach_a_function(tmp_path: Path, function: str, labels: Array, packed: bool) -> None:
+    save = np.savez_compressed if packed else np.savez
+    save(tmp_path / "e.npz", image=np.ones((20, 6), np.float32), labels=labels)
+    request = EvaluationRequest(CalibrationRequest(str(tmp_path / "e.npz")), f"{function}:labelled")
+    found = open_evaluation(request, linear(WEIGHT))
+    assert found.float_score == labels.astype(np.float64).sum() and found.data.samples == 20
+    assert found.drop_with_error(linear(WEIGHT)) == (0.0, 0.0)
+
+
+def test_labels_by_key(samples: Path, function: str) -> None:
+    found = evaluation(f"{function}:labelled", samples)
+    assert found.float_score == np.load(samples)["Y"].sum()
+
+
+@pytest.mark.parametrize("feeds", ["batches", "tuples"])
+@pytest.mark.parametrize("metric", ["labelled", "top1"])
+def test_labels_of_a_function(function: str, feeds: str, metric: str) -> None:
+    """Samples are counted one by one whatever the model calls its first axis, here N."""
+    wanted = metric if metric == "top1" else f"{function}:{metric}"
+    data = CalibrationRequest(f"{function}:{feeds}@:3" if metric == "top1" else f"{function}:{feeds}")
+    found = open_evaluation(EvaluationRequest(data, wanted), linear(WEIGHT))
+    best = int((np.ones(6, np.float32) @ WEIGHT).argmax())
+    expected = ((best < 3) / 3, 3) if metric == "top1" else (sum(range(20)), 20)
+    assert (found.float_score, found.data.samples) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("source", ["data.npz:X", "my_metrics:unlabelled"])
+def test_a_function_that_wants_labels_which_are_not_there(samples: Path, function: str, source: str) -> None:
+    request = EvaluationRequest(CalibrationRequest(source), f"{function}:labelled")
+    unguarded = EvaluationRequest(request.data, f"{function}:other")
+    found = open_evaluation(request, linear(WEIGHT))
+    found = replace(found, score=lambda outputs, reference, feeds: float(feeds["labels"].mean()))
+    told = (
+        r"my_metrics:labelled asks for feeds\['labels'\], and there are none in (20 samples of data|10 samples of my_m)"
+    )
+    with pytest.raises(InputError, match=told + r".*: give an \.npz file with 'labels' \[samples, \.\.\.\] beside"):
+        assert found.float_score
+    with pytest.raises(InputError, match=r"my_metrics:other asks for feeds\['labels'\]"):
+        assert open_evaluation(unguarded, linear(WEIGHT)).float_score
+
+
+def test_labels_that_are_there_and_a_function_that_fails(samples: Path, function: str) -> None:
+    with pytest.raises(InputError, match="the metric my_metrics:other failed on the model's outputs: 'labels'"):
+        assert evaluation(f"{function}:other", samples).float_score
+
+
+def test_a_models_own_input_called_labels(tmp_path: Path) -> None:
+    images = np.random.default_rng(8).standard_normal((20, 6)).astype(np.float32)
+    np.savez(tmp_path / "e.npz", labels=images)
+    for metric in ("cosine", "agreement"):
+        request = EvaluationRequest(CalibrationRequest(str(tmp_path / "e.npz")), metric)
+        assert open_evaluation(request, linear(WEIGHT, "labels")).float_score == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", ["nothing", "text", "lost", "index", "attribute"])

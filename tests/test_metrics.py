@@ -74,6 +74,12 @@ def test_each_sample_needs_one_label(labels: Array) -> None:
         top1(np.ones((4, 3)), labels)
 
 
+@pytest.mark.parametrize(("labels", "told"), [([0, 1, 2, 3], "3 of sample 3"), ([0, -1, 2, 9], "-1 of sample 1")])
+def test_a_label_that_is_no_class(labels: list[int], told: str) -> None:
+    with pytest.raises(InputError, match=f"the label {told} is none of the 3 classes 0 to 2 of the model's output; n"):
+        top1(np.ones((4, 3, 1, 1)), np.array(labels))
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 5, 3), (4, 1)])
 def test_top1_needs_class_scores(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"top1 needs an output \[samples, classes\], got \[4"):

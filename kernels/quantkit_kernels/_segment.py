@@ -126,8 +126,7 @@ def segment(
     """acc [BN, BX] + the products / unit of steps s0 to s1, each of U tiles of C words (T codes) of 4 or 8 bits.
 
     x: pointers [1, BX] to the rows of the activations, packed as `_tile_product` says; for R > 1 (tiles of R groups)
-        every row comes R times, and copy r gets the products of the r-th group.
-        KX loads make up a row.
+        every row comes R times, and copy r gets the products of the r-th group. KX loads make up a row.
     w: pointers [BN] to the first of `words` words of rows in the order of `outputs`.
     sz, sz_ok: pointers [BN] to words of meta in the order of N, of which rows have `groups`, and their mask.
     tab: group of K that each group here is (TABLE), else in order.  GS: 0 for one scale per row, left to the caller.
@@ -149,9 +148,7 @@ def segment(
     for s in range(s0, s1):
         at = s * (U * C) + c[None, :]
         ws = w[:, None] + at
-        place = s * (U * C) + word
-        if R > 1:
-            place += copy[None, :] * (GS // P)
+        place = s * (U * C) + word + copy[None, :] * (GS // P) if R > 1 else s * (U * C) + word
         xs = x + place
         szs = sz + s * (U * R * N)
         if FOUR:
@@ -176,11 +173,10 @@ def segment(
             d = _tile_product(acc if GS == 0 else d, q, z, xu, rows_ok, load_at, KX, BITS, DT, EVEN, ASM)
             if GS == 0:
                 acc = d
+            elif FOUR and not WIDE:
+                acc += d * meta_scale(meta[u])[:, None]
             elif OWN or u == U - 1:
-                if FOUR and not WIDE:
-                    acc += d * meta_scale(meta[u])[:, None]
-                else:
-                    acc += d * _scales(szg, g, last, N, wide, sz_ok, R, BX, EVEN, WIDE)
+                acc += d * _scales(szg, g, last, N, wide, sz_ok, R, BX, EVEN, WIDE)
     return acc
 
 

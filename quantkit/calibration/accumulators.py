@@ -306,7 +306,8 @@ class Gram:
             part = np.asarray(rows[:, start : start + _GEMM_ROWS], dtype=np.float32)
             if weights is not None:
                 part = part * np.sqrt(np.asarray(weights[start : start + _GEMM_ROWS], dtype=np.float32))[:, None]
-            self._sum += part.transpose(0, 2, 1) @ part
+            with np.errstate(over="ignore", invalid="ignore"):  # whoever needs the sums refuses infinite ones
+                self._sum += part.transpose(0, 2, 1) @ part
         self.count += num_rows if weights is None else float(np.sum(weights, dtype=np.float64))
 
     def result(self) -> Doubles:
@@ -314,7 +315,8 @@ class Gram:
         gram = _mean(self._sum, self.count)
         for start in range(0, gram.shape[1], _GEMM_ROWS):  # by strips: a wide layer's would fill gigabytes three times
             end = start + _GEMM_ROWS
-            strip = (gram[:, start:end, start:] + gram[:, start:, start:end].transpose(0, 2, 1)) / 2
+            with np.errstate(invalid="ignore"):  # infinities of either sign
+                strip = (gram[:, start:end, start:] + gram[:, start:, start:end].transpose(0, 2, 1)) / 2
             gram[:, start:end, start:] = strip
             gram[:, start:, start:end] = strip.transpose(0, 2, 1)
         return gram

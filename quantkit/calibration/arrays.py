@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from quantkit.calibration.inputs import InputSpec, Samples, as_array, check_names, check_shapes, list_inputs
+from quantkit.calibration.inputs import LABELS, InputSpec, Samples, as_array, check_names, check_shapes, list_inputs
 from quantkit.calibration.preprocess import Preprocess, fit_preprocess
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
@@ -61,6 +61,26 @@ def read_npz(path: Path, inputs: Sequence[InputSpec], keys: Mapping[str, str]) -
         raise
     except _BROKEN as error:
         raise InputError(f"{path} is no readable .npz file (truncated or corrupt): {error}") from error
+
+
+def npz_like(path: Path, key: str) -> Array | None:
+    """An empty array of the same dtype and number of axes as one in the file; None where there is none to be read.
+
+    Raises:
+        InputError: the array holds Python objects.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [item for item in archive.infolist() if item.filename.removesuffix(".npy") == key]
+            if not found:
+                return None
+            with archive.open(found[0]) as member:
+                shape, _, dtype, _ = _read_header(member, f"{path}, array {key!r}")
+            return np.zeros([0] * len(shape), dtype)
+    except InputError:
+        raise
+    except _BROKEN:
+        return None
 
 
 def array_samples(
@@ -115,7 +135,7 @@ def _preprocessed(batch: Array, preprocess: Preprocess) -> Array:
 def _is_raw(arrays: Mapping[str, Array], spec: InputSpec) -> bool:
     array = arrays[spec.name]
     images = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
-    return len(spec.shape) == 4 and array.dtype == np.uint8 and images
+    return spec.name != LABELS and len(spec.shape) == 4 and array.dtype == np.uint8 and images
 
 
 def _choose(found: list[str], inputs: Sequence[InputSpec], keys: Mapping[str, str], path: Path) -> dict[str, str]:

@@ -8,19 +8,16 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from quantkit.calibration.arrays import array_samples, read_npy, read_npz
-from quantkit.calibration.feeds import FeedStream, holds_tensors, open_function, open_stream, open_tensors
-from quantkit.calibration.images import image_samples
-from quantkit.calibration.inputs import InputSpec, Samples, Source, conform, fixed_batch, list_inputs
+from quantkit.calibration.feeds import FeedStream
+from quantkit.calibration.inputs import InputSpec, Samples, Source, conform, fixed_batch
 from quantkit.calibration.preprocess import Preprocess, load_preprocess
-from quantkit.calibration.text import text_samples
+from quantkit.calibration.sources import KEYS, open_source
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
 
@@ -33,11 +30,6 @@ MOST_SAMPLES = 1 << 24
 MOST_RANDOM = 1 << 28
 """Numbers of one made-up sample."""
 _SLICE = re.compile(r"(.+)@([^@/\\]*:[^@/\\]*)")
-_KEYS = re.compile(r"(.+\.npz):(.+)", re.IGNORECASE)
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_KINDS = (
-    ".npz, .npy, .txt, a folder of test_data_set_*/input_*.pb, a folder of images, or module:function for anything else"
-)
 
 
 class CalibrationData:
@@ -102,7 +94,7 @@ class CalibrationData:
     def split(self, holdout: float | int = 0.25) -> tuple[CalibrationData, CalibrationData]:
         """(calibration part, held-out part), neither empty; the held-out samples are spread evenly.
 
-        With a single sample (a single batch, where the model's batch is fixed) both are the same data.
+        With a single sample (a single batch, where the model's batch is fixed) both are the same data: `split_note`.
 
         Args:
             holdout: share of the samples below 1, or their number.
@@ -111,7 +103,7 @@ class CalibrationData:
         if holdout <= 0 or (isinstance(holdout, float) and not holdout < 1):
             raise InputError(f"hold-out must be a share between 0 and 1 or a number of samples, got {holdout}")
         step = self._multiple
-        if self.samples == step:
+        if self.split_note is not None:
             return self, self
         if isinstance(holdout, int) and holdout > self.samples - step:
             raise InputError(
@@ -121,6 +113,15 @@ class CalibrationData:
         held = set(_spread(count, self.samples))
         parts = [place for place in range(self.samples) if place not in held], sorted(held)
         return self._pick(parts[0]), self._pick(parts[1])
+
+    @property
+    def split_note(self) -> str | None:
+        """What the user should know of the two parts of a split; None where they differ."""
+        step = self._multiple
+        if self.samples != step:
+            return None
+        does = "both calibrates and measures" if step == 1 else "both calibrate and measure"
+        return f"{self.description} {does}, so that the figures mean little; give at least {_count(2 * step)}"
 
     def subset(self, count: int) -> CalibrationData:
         """At most `count` samples, spread evenly; whole batches, and at least one, where the model's batch is fixed."""
@@ -142,6 +143,7 @@ def open_calibration(
     tokenizer: str | Path | None = None,
     batch_size: int | None = None,
     max_samples: int | None = None,
+    labels: bool = False,
 ) -> CalibrationData:
     """Calibration data from a path, a `module:function` or a Python object.
 
@@ -154,13 +156,14 @@ def open_calibration(
         tokenizer: for text: a tokenizer.json, a folder that holds one, or `byte`.
         batch_size: 8 unless given; feeds that come ready-made are split when they are larger, never merged.
         max_samples: keep only so many, spread evenly; data of unknown length is read no further than that.
+        labels: where the data hold `labels` beside the inputs, of whatever shape [samples, ...], feeds hold them too.
     """
     _check_request(inputs, batch_size, max_samples)
     if isinstance(source, CalibrationData):
         return source if max_samples is None else source.subset(max_samples)
     path, window = _split_window(source)
     prepared = preprocess if preprocess is None or isinstance(preprocess, Preprocess) else load_preprocess(preprocess)
-    opened = _open_source(path, inputs, prepared, tokenizer, _limit(window, max_samples))
+    opened, inputs = open_source(path, inputs, prepared, tokenizer, _limit(window, max_samples), labels)
     chosen = range(len(opened))[window] if window else range(len(opened))
     if not chosen:
         what = (
@@ -175,7 +178,7 @@ def open_calibration(
     if fixed and batch_size not in (None, fixed):
         raise InputError(f"the model's batch is fixed at {fixed}, got batch size {batch_size}; leave it out")
     size = fixed or batch_size or (opened.longest if isinstance(opened, FeedStream) else DEFAULT_BATCH)
-    keyed = _KEYS.fullmatch(opened.name)
+    keyed = KEYS.fullmatch(opened.name)
     origin = f"{Path(keyed[1]).name}:{keyed[2]}" if keyed else Path(opened.name).name or opened.name
     origin += f"@{_show(window)}" if window else ""
     origin += f", preprocess {_label(preprocess)}" if preprocess else ""
@@ -291,77 +294,6 @@ def _limit(window: slice | None, max_samples: int | None) -> int | None:
     return None if from_end else int(window.stop)
 
 
-def _open_source(
-    source: object,
-    inputs: Sequence[InputSpec],
-    preprocess: Preprocess | None,
-    tokenizer: str | Path | None,
-    limit: int | None,
-) -> Samples | FeedStream:
-    is_text = isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt"
-    if tokenizer is not None and not is_text:
-        raise InputError(f"a tokenizer goes with a .txt file, got {_name(source)}; leave it out or give text")
-    is_function = _FUNCTION.fullmatch(str(source)) and not _KEYS.fullmatch(str(source))
-    if isinstance(source, (str, Path)) and not is_function:
-        return _open_path(str(source), inputs, preprocess, tokenizer)
-    if isinstance(source, Mapping):
-        return array_samples({str(key): value for key, value in source.items()}, inputs, "the arrays", preprocess)
-    if hasattr(source, "__array__"):
-        return array_samples({_sole(inputs, "an array").name: source}, inputs, "the array", preprocess)
-    if preprocess:
-        raise InputError(f"preprocess goes with images, got {_name(source)}; feeds must be preprocessed already")
-    if isinstance(source, (str, Path)):
-        return open_function(str(source), inputs, limit)
-    sized = isinstance(source, Sized) and not hasattr(source, "get_next")
-    return open_stream(source, inputs, _name(source), None if sized else limit)
-
-
-def _open_path(
-    text: str, inputs: Sequence[InputSpec], preprocess: Preprocess | None, tokenizer: str | Path | None
-) -> Samples | FeedStream:
-    keyed = None if Path(text).exists() else _KEYS.fullmatch(text)
-    path = Path(keyed[1] if keyed else text)
-    suffix = path.suffix.lower()
-    if not path.exists():
-        raise InputError(f"calibration data {path} does not exist; give {_KINDS}")
-    if not path.is_file() and not path.is_dir():
-        raise InputError(f"calibration data {path} is a device or a pipe; give {_KINDS}")
-    if suffix == ".npz" and path.is_file():
-        arrays = read_npz(path, inputs, _parse_keys(keyed[2] if keyed else ""))
-        return array_samples(arrays, inputs, text, preprocess)
-    if suffix == ".npy" and path.is_file():
-        return array_samples({_sole(inputs, text).name: read_npy(path)}, inputs, text, preprocess)
-    if path.is_dir() and not holds_tensors(path):
-        return image_samples(path, inputs, preprocess)
-    if preprocess:
-        raise InputError(f"preprocess goes with images, got {path}; leave it out")
-    if path.is_dir():
-        return open_tensors(path, inputs)
-    if suffix == ".txt":
-        return text_samples(path, inputs, tokenizer)
-    raise InputError(f"calibration data {path}: unknown kind of file {suffix or '(no suffix)'}; give {_KINDS}")
-
-
-def _parse_keys(text: str) -> dict[str, str]:
-    """`ids=KEY1,mask=KEY2` -> {input: key}; a lone KEY is for the sole input, written ""."""
-    if "=" not in text:
-        return {"": text} if text else {}
-    pairs = [part.partition("=") for part in text.split(",")]
-    wrong = ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]
-    if wrong:
-        raise InputError(f"{text!r}: {', '.join(map(repr, wrong))} is not of the form input=KEY")
-    return {name: key for name, _, key in pairs}
-
-
-def _sole(inputs: Sequence[InputSpec], what: str) -> InputSpec:
-    if len(inputs) != 1:
-        raise InputError(
-            f"{what} can serve a model with one input only; the model's inputs are {list_inputs(inputs)}; "
-            "give an .npz file or {input: array}"
-        )
-    return inputs[0]
-
-
 def _spread(count: int, total: int) -> list[int]:
     """`count` different numbers below `total`, evenly spread: each is the middle of its share."""
     return [(2 * index + 1) * total // (2 * count) for index in range(count)]
@@ -374,10 +306,6 @@ def _show(window: slice) -> str:
 
 def _count(samples: int) -> str:
     return f"{samples} sample{'' if samples == 1 else 's'}"
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, (str, Path)) else getattr(source, "__name__", type(source).__name__)
 
 
 def _label(value: object) -> str:

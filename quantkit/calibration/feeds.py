@@ -15,12 +15,23 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantkit.calibration.inputs import InputSpec, as_array, check_names, chunks, conform, list_inputs
+from quantkit.calibration.inputs import (
+    LABELS,
+    InputSpec,
+    as_array,
+    check_names,
+    chunks,
+    conform,
+    label_spec,
+    list_inputs,
+    with_labels,
+)
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
 
@@ -35,6 +46,9 @@ class FeedStream:
 
     A feed can be taken apart when the model's inputs with a dynamic first axis call it the same, do not call it a
     sequence, and all have as many entries there; other inputs go whole into every part. Otherwise a feed is one sample.
+
+    Attributes:
+        inputs: what every feed holds.
     """
 
     def __init__(
@@ -51,7 +65,7 @@ class FeedStream:
         """
         self.name = name
         self._passes = passes
-        self._inputs = inputs
+        self.inputs = inputs
         self._batched = [] if whole else _batched_inputs(inputs)
         self._ends = np.cumsum(self._count(limit), dtype=np.int64)
 
@@ -74,7 +88,7 @@ class FeedStream:
             wanted = self._feed_of(group[0])
             while number < wanted:
                 number, item = next(feeds, (wanted, None))
-                feed = None if item is None else name_feed(item, self._inputs, f"{self.name}, feed {number}")
+                feed = None if item is None else name_feed(item, self.inputs, f"{self.name}, feed {number}")
             yield self._part(feed, wanted, group)
 
     def _part(self, feed: Feed | None, number: int, group: Sequence[int]) -> Feed:
@@ -99,8 +113,8 @@ class FeedStream:
         divisible = bool(self._batched)
         for number, item in enumerate(self._passes()):
             where = f"{self.name}, feed {number}"
-            feed = name_feed(item, self._inputs, where)
-            checked = conform(feed, self._inputs, where, _numbers(sum(counts), feed, self._batched))
+            feed = name_feed(item, self.inputs, where)
+            checked = conform(feed, self.inputs, where, _numbers(sum(counts), feed, self._batched))
             divisible = divisible and len({checked[key].shape[0] for key in self._batched}) == 1
             counts.append(self._rows(checked) if divisible else 1)
             if limit is not None and sum(counts) >= limit:
@@ -114,25 +128,45 @@ class FeedStream:
         return len(_numbers(0, feed, self._batched))
 
 
-def open_stream(source: object, inputs: Sequence[InputSpec], name: str, limit: int | None) -> FeedStream:
-    """Feeds from an iterable, a reader, or a function that returns one of them."""
+def open_stream(
+    source: object, inputs: Sequence[InputSpec], name: str, limit: int | None, labels: bool = False
+) -> FeedStream:
+    """Feeds from an iterable, a reader, or a function that returns one of them; `labels` where the first has them."""
     passes = _repeatable(source)
     if passes is None:
-        passes = _Spool(_items(source), inputs, name, limit).read
+        items = iter(_items(source))
+        first = list(itertools.islice(items, 1))
+        inputs = _labelled(first, inputs) if labels else inputs
+        passes = _Spool(itertools.chain(first, items), inputs, name, limit).read
+    elif labels:
+        inputs = _labelled(passes(), inputs)
     return FeedStream(name, passes, inputs, limit)
 
 
-def open_function(text: str, inputs: Sequence[InputSpec], limit: int | None) -> FeedStream:
+def open_function(text: str, inputs: Sequence[InputSpec], limit: int | None, labels: bool = False) -> FeedStream:
     """`module:function`; what the user's code raises is reported in one sentence."""
-    function = _import_function(text)
-    return FeedStream(text, _Guard(text, _call_again(function)), inputs, limit)
+    passes = _Guard(text, _call_again(_import_function(text)))
+    return FeedStream(text, passes, _labelled(passes(), inputs) if labels else inputs, limit)
 
 
-def open_tensors(folder: Path, inputs: Sequence[InputSpec]) -> FeedStream:
+def open_tensors(folder: Path, inputs: Sequence[InputSpec], labels: bool = False) -> FeedStream:
     """ONNX test data: one feed per test_data_set_*, or one feed in the folder itself."""
     sets = [path for path in folder.glob("test_data_set_*") if path.is_dir()]
     sets = sorted(sets, key=_natural) if sets else [folder]
+    if labels:
+        with suppress(InputError):  # no such tensor: whatever else is wrong shows when all of them are read
+            wanted = [*inputs, label_spec(inputs)]
+            inputs = with_labels(inputs, _read_set(sets[0], wanted)[LABELS])
     return FeedStream(str(folder), lambda: (_read_set(path, inputs) for path in sets), inputs, whole=True)
+
+
+def _labelled(items: Iterable[object], inputs: Sequence[InputSpec]) -> Sequence[InputSpec]:
+    """The inputs, and labels where the first feed has them: by name, or behind the inputs in a tuple."""
+    for item in items:
+        with suppress(InputError):  # a feed that is wrong is told of when all of them are read
+            return with_labels(inputs, name_feed(item, [*inputs, label_spec(inputs)], LABELS).get(LABELS))
+        break
+    return inputs
 
 
 def holds_tensors(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from quantkit.errors import InputError
 from quantkit.types import Array, Feed
@@ -89,6 +90,21 @@ def fixed_batch(inputs: Sequence[InputSpec]) -> int | None:
 
 def list_inputs(inputs: Iterable[InputSpec]) -> str:
     return ", ".join(f"{spec.name} {spec.wants}" for spec in inputs)
+
+
+def label_spec(inputs: Sequence[InputSpec], dtype: DTypeLike = np.int64, rank: int = 1) -> InputSpec:
+    """What labels [samples, ...] are beside the model's inputs, which count the samples as these do."""
+    axes = [spec.shape[0] for spec in inputs if spec.shape]
+    batch = next((axis for axis in axes if isinstance(axis, int)), axes[0] if axes else "batch")
+    return InputSpec(LABELS, np.dtype(dtype), (batch, *[None] * (rank - 1)))
+
+
+def with_labels(inputs: Sequence[InputSpec], like: object | None) -> Sequence[InputSpec]:
+    """The inputs, and the labels as these are: their dtype and number of axes; the inputs alone for None."""
+    if like is None:
+        return inputs
+    array = as_array(like, LABELS)
+    return [*inputs, label_spec(inputs, array.dtype, max(array.ndim, 1))]
 
 
 def check_names(names: Iterable[str], inputs: Sequence[InputSpec], where: str, remedy: str = "") -> None:

@@ -29,7 +29,7 @@ class EvaluationRequest:
     """Held-out data and the figure that counts on it.
 
     Attributes:
-        data: read like calibration data.
+        data: read like calibration data; it may hold `labels` beside the model's inputs.
         metric: `top1`, `agreement`, `cosine`, `sqnr` or `module:function`.
     """
 

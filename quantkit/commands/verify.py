@@ -58,6 +58,8 @@ def run(args: Namespace) -> int:
         figures = found.accuracy
         error = f" +- {found.drop_error:.2g}" if found.drop_error else ""
         change = f"{figures.before:.6g} > {figures.after:.6g} (drop {figures.before - figures.after:.4g}{error})"
+        if figures.samples != found.samples:  # of --eval, where the others are of --calib
+            change += f" on {figures.samples} samples"
         table.add_row(Text(shorten(figures.metric, NAME_WIDTH)), change)
     table.add_row("samples", str(found.samples))
     table.add_row("size", f"{short_bytes(found.reference_size)} > {short_bytes(found.size)}")

@@ -15,6 +15,7 @@ from quantkit.report.types import Contender
 from quantkit.rescaling import Rescaled
 from quantkit.result import Result
 from quantkit.runtime.ort import make_session
+from quantkit.tuning.history import Trial
 from quantkit.tuning.recipes import label, recipe_of
 from quantkit.tuning.trials import Trials
 from quantkit.tuning.workshop import Workshop
@@ -31,6 +32,19 @@ REFITTED = "refitted"
 
 
 @dataclass(frozen=True)
+class Best:
+    """The trial to keep.
+
+    Attributes:
+        index: of the trial.
+        notes: which better ones were passed over, and why.
+    """
+
+    index: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Kept:
     """A configuration's model, with the run whose samples made it."""
 
@@ -44,7 +58,7 @@ class Kept:
         return measure(context, self.candidate)
 
 
-def best_trial(trials: Trials) -> int:
+def best_trial(trials: Trials) -> Best:
     """The best feasible trial; without a latency budget, the best of those that are not slower than float.
 
     Where none is feasible the one that comes nearest to the budgets: complete and small.
@@ -52,15 +66,30 @@ def best_trial(trials: Trials) -> int:
     done = trials.progressed.trials
     order = trials.ranked()
     if not order:
-        return min(range(len(done)), key=lambda index: (not done[index].complete, done[index].size))
+        return Best(min(range(len(done)), key=lambda index: (not done[index].complete, done[index].size)))
     if trials.budget.max_latency is not None or trials.run.options.activations == "8":
-        return order[0]
+        return Best(order[0])
+    notes: list[str] = []
     for index in order[:SLOW_TRIES]:
         kept = as_tried(trials, index)
         session = make_session(kept.candidate.emitted.model, threads=kept.context.options.threads)
-        if relative_latency(kept.context, kept.candidate, session) <= SLOWER:
-            return index
-    return order[0]
+        latency = relative_latency(kept.context, kept.candidate, session)
+        if latency <= SLOWER:
+            return Best(index, tuple(notes))
+        rank = _figure(done[index], trials.objective)
+        notes.append(
+            f"number {index + 1} ranked higher ({rank}), but took {latency:.2f}x the float model's time: passed over"
+        )
+    return Best(order[0])
+
+
+def _figure(trial: Trial, objective: str) -> str:
+    """What a trial is ranked by."""
+    if objective == "size":
+        return f"{trial.size:,} bytes"
+    if objective == "drop" and trial.drop is not None:
+        return f"a drop of {100 * trial.drop:.3g} %"
+    return f"a loss of {trial.loss:.3g} nats"
 
 
 def as_tried(trials: Trials, index: int) -> Kept:
@@ -96,8 +125,9 @@ def refitted(trials: Trials, index: int, kept: Kept, wider: Callable[[int], Run]
     return made if fits and after.loss <= SURPRISE * before.loss else kept
 
 
-def result_of(trials: Trials, index: int, kept: Kept) -> Result:
+def result_of(trials: Trials, best: Best, kept: Kept) -> Result:
     """Verify, and report every complete trial."""
+    index = best.index
     figures = kept.measured(kept.context)
     done, feasible = trials.progressed.trials, trials.progressed.feasible
     again = kept.candidate.name.endswith(REFITTED)
@@ -119,7 +149,7 @@ def result_of(trials: Trials, index: int, kept: Kept) -> Result:
         )
     else:
         rows = [replace(row, latency=figures.latency) if row.chosen else row for row in rows]
-    notes = [f"{len(done)} trials, {sum(feasible)} within the budget; number {index + 1} was kept"]
+    notes = [f"{len(done)} trials, {sum(feasible)} within the budget; number {index + 1} was kept", *best.notes]
     if again:
         assert kept.run.data.calibration is not None
         notes.append(

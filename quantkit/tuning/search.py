@@ -17,6 +17,7 @@ DRAWN = 1024
 BEST = 8
 """Points whose neighbourhoods are looked at in a large space."""
 PATIENCE = 3
+NONE_WITHIN = "no point that was tried is within the budget, and no other is expected to be"
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def search(
             _check(now, proposal)
             batch = proposal.points
             if not batch:
-                ended = "every point within the budget was tried"
+                ended = "every point within the budget was tried" if any(now.feasible) else NONE_WITHIN
                 break
             quiet = quiet + 1 if proposal.gain is not None and proposal.gain < limits.noise else 0
             if quiet >= PATIENCE:

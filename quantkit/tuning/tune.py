@@ -176,14 +176,14 @@ def tune(
     with shown.task("tuning"):
         searched = search(state, tuner, _watched(trials, watch), limits, start.first)
     best = best_trial(trials)
-    kept = as_tried(trials, best)
+    kept = as_tried(trials, best.index)
     if chosen.refit:
         with shown.task("making the best one again with more samples"):
-            kept = refitted(trials, best, kept, opened)
+            kept = refitted(trials, best.index, kept, opened)
     with shown.task("verifying"):
         result = result_of(trials, best, kept)
     done = trials.progressed
-    return Tuned(result, done.trials, done.feasible, best, objective, done.known, searched.ended)
+    return Tuned(result, done.trials, done.feasible, best.index, objective, done.known, searched.ended)
 
 
 def _watched(trials: Trials, watch: Watcher | None) -> Callable[[Sequence[Point]], list[Shown]]:

@@ -154,6 +154,32 @@ def test_python_objects_are_never_unpickled(tmp_path: Path) -> None:
             open_calibration(tmp_path / name, MODEL)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_labels_of_an_archive(tmp_path: Path, packed: bool) -> None:
+    save = np.savez_compressed if packed else np.savez
+    path = tmp_path / "d.npz"
+    save(path, x=VALUES, labels=np.arange(20, dtype=np.uint8).reshape(10, 2), other=np.arange(10))
+    with pytest.raises(InputError, match=r"d\.npz: no input of the model is called 'other'"):
+        open_calibration(path, MODEL, labels=True)
+    (feed,) = open_calibration(f"{path}:x=x,labels=other", MODEL, batch_size=10, labels=True)
+    assert feed["labels"].tolist() == list(range(10))
+    assert set(next(iter(open_calibration(f"{path}:x", MODEL, labels=True)))) == {"x"}
+    save(path, x=VALUES, labels=np.arange(20, dtype=np.uint8).reshape(10, 2))
+    (feed,) = open_calibration(path, MODEL, batch_size=10, labels=True)
+    assert feed["labels"].dtype == np.uint8 and feed["labels"].shape == (10, 2)
+    save(path, x=VALUES, labels=np.array([{}] * 10))
+    with pytest.raises(InputError, match=r"array 'labels' holds Python objects, not numbers"):
+        open_calibration(path, MODEL, labels=True)
+
+
+def test_labels_that_look_like_images_are_not_preprocessed(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "d.npz", image=pictures, labels=pictures)
+    (feed,) = open_calibration(tmp_path / "d.npz", IMAGES, preprocess="raw", labels=True)
+    np.testing.assert_array_equal(feed["labels"], pictures)
+    np.testing.assert_array_equal(feed["image"], pictures.transpose(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("kept", [0, 5, 70, 200])
 @pytest.mark.parametrize("name", ["stored.npz", "packed.npz", "d.npy"])
 def test_truncated_files(tmp_path: Path, name: str, kept: int) -> None:

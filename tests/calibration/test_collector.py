@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from quantkit.calibration import collector
+from quantkit.calibration.accumulators import Gram
 from quantkit.calibration.collector import Request, Settings, collect
 from quantkit.calibration.data import open_calibration
 from quantkit.calibration.pieces import Pieces
@@ -43,6 +45,17 @@ def test_only_what_was_asked_for_is_filled() -> None:
         assert layer.mean is not None
         assert (layer.abs_mean, layer.square_mean, layer.gram, layer.rows) == (None, None, None, None)
     assert found.histograms == {}
+
+
+def test_sums_beyond_float32_are_left_to_whoever_needs_them() -> None:
+    """No warning of numpy's precedes the sentence of a quantizer that refuses them."""
+    rows = np.random.default_rng(0).standard_normal((1, 40, 5)).astype(np.float32) * np.float32(1e30)
+    gram = Gram()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gram.add(rows)
+        gram.add(rows)
+        assert not np.isfinite(gram.result()).any()
 
 
 def waves(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:

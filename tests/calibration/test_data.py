@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,65 @@ def test_a_hold_out_of_everything() -> None:
         InputError, match=r"a hold-out of 5 samples leaves nothing to calibrate on: 5 samples of the array"
     ):
         opened(5).split(5)
+
+
+def test_parts_that_are_the_same_are_told_of() -> None:
+    assert opened(2).split_note is None and opened(8, 4).split_note is None
+    whole = opened(1)
+    assert whole.split()[0] is whole.split()[1] is whole
+    assert whole.split_note == (
+        "1 sample of the array both calibrates and measures, so that the figures mean little; give at least 2 samples"
+    )
+    assert opened(2).subset(1).split_note == whole.split_note
+    assert opened(7, 4).split_note == (
+        "4 samples of the array both calibrate and measure, so that the figures mean little; give at least 8 samples"
+    )
+
+
+LABELLED = {"x": counting(6), "labels": np.arange(12.0).reshape(6, 2)}
+SOURCES: dict[str, Callable[[], object]] = {
+    "arrays": lambda: LABELLED,
+    "list": lambda: [LABELLED],
+    "generator": lambda: iter([LABELLED]),
+    "function": lambda: lambda: iter([LABELLED]),
+    "tuples": lambda: [(LABELLED["x"], LABELLED["labels"])],
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("batch", ["batch", "N"])
+def test_labels_beside_the_inputs(kind: str, batch: str) -> None:
+    data = open_calibration(SOURCES[kind](), model(batch), batch_size=3, labels=True)
+    feeds = list(data)
+    assert [feed["labels"].dtype for feed in feeds] == [np.float64] * 2 and data.samples == 6
+    np.testing.assert_array_equal(np.concatenate([feed["labels"] for feed in feeds]), LABELLED["labels"])
+    with pytest.raises(InputError, match=r"no input of the model is called 'labels'|gives 2 arrays"):
+        open_calibration(SOURCES[kind](), model(batch))
+
+
+def test_labels_of_a_fixed_batch() -> None:
+    parts = [{"x": counting(3), "labels": np.arange(3) + first} for first in (0, 3, 6)]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in ("x", "labels")}
+    for source in (parts, arrays):
+        data = open_calibration(source, model(3), labels=True)
+        assert [feed["labels"].tolist() for feed in data] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_data_without_labels() -> None:
+    for source in ({"x": counting(4)}, [{"x": counting(4)}], iter([counting(4)]), counting(4)):
+        assert [set(feed) for feed in open_calibration(source, model(), labels=True)] == [{"x"}]
+
+
+def test_what_is_wrong_with_labels() -> None:
+    with pytest.raises(InputError, match=r"different numbers of samples: 4 for 'x', 3 for 'labels'"):
+        open_calibration({"x": counting(4), "labels": counting(3)}, model(), labels=True)
+    with pytest.raises(
+        InputError, match=r"input 'labels' wants int64 \[batch\], got int64 \[\]; the first axis must be"
+    ):
+        open_calibration({"x": counting(4), "labels": np.array(3)}, model(), labels=True)
+    later = [{"x": counting(4), "labels": np.arange(4)}, {"x": counting(4)}]
+    with pytest.raises(InputError, match=r"list, feed 1: there is no array for input 'labels'"):
+        open_calibration(later, model(), labels=True)
 
 
 def test_subset_is_spread_evenly() -> None:

@@ -285,6 +285,17 @@ def test_tensors_serve_inputs_by_name_then_by_place(tmp_path: Path) -> None:
     assert next(iter(open_calibration(tmp_path, [X, Y])))["y"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["labels", ""])
+def test_labels_among_tensors(tmp_path: Path, name: str) -> None:
+    for number in range(2):
+        write_tensor(tmp_path / f"test_data_set_{number}" / "input_0.pb", feed(0)["x"], "x")
+    assert [set(part) for part in open_calibration(tmp_path, [X], labels=True)] == [{"x"}] * 2
+    for number in range(2):
+        write_tensor(tmp_path / f"test_data_set_{number}" / "input_1.pb", np.full((3, 2), number / 2), name)
+    parts = list(open_calibration(tmp_path, [X], labels=True))
+    assert [part["labels"].tolist() for part in parts] == [[[0.0] * 2] * 3, [[0.5] * 2] * 3]
+
+
 def test_wrong_tensors(tmp_path: Path) -> None:
     path = tmp_path / "input_0.pb"
     write_tensor(path, feed(0)["x"])

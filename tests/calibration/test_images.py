@@ -73,6 +73,16 @@ def test_a_class_without_images_counts(tmp_path: Path) -> None:
     assert feed["labels"].tolist() == [1] and feed["labels"].dtype == np.int64 and set(feed) == {"image", "labels"}
 
 
+def test_labels_of_class_folders_where_there_are_any(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png", "dog/2.png"):
+        save(tmp_path / name, 1)
+    (feed,) = open_calibration(tmp_path, MODEL, preprocess="raw", labels=True)
+    assert feed["labels"].tolist() == [0, 1, 1]
+    save(tmp_path / "loose.png", 1)
+    (feed,) = open_calibration(tmp_path, MODEL, preprocess="raw", labels=True)
+    assert set(feed) == {"image"} and len(feed["image"]) == 4
+
+
 def test_two_folders_of_one_class(tmp_path: Path) -> None:
     for name in ("7", "007"):
         save(tmp_path / name / "a.png", 1)

@@ -16,6 +16,8 @@ from quantkit.tuning.search import Limits, Others, Outcome, Proposal, State, sea
 from quantkit.tuning.space import Dimension, Point, Space
 from tests.tuning.tables import SPACE, bumpy, run, start
 
+FIRST: list[Point] = [(0, 0, 0, 0), (3, 2, 1, 1)]
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -58,6 +60,15 @@ def test_batches_are_measured_together() -> None:
 def test_it_ends_when_everything_was_tried() -> None:
     found = run(Random(), bumpy(0), Limits(1000))
     assert sorted(found.points) == sorted(SPACE)
+    assert found.ended == "every point within the budget was tried"
+
+
+def test_it_ends_when_nothing_is_within_the_budget() -> None:
+    outside = start(allowed=lambda point: False)
+    found = search(outside, Grid(), lambda points: [Outcome(1.0, feasible=False)] * len(points), Limits(9), FIRST)
+    assert found.points == tuple(FIRST) and found.best is None
+    assert found.ended == "no point that was tried is within the budget, and no other is expected to be"
+    found = search(outside, Grid(), lambda points: [Outcome(1.0)] * len(points), Limits(9), FIRST)
     assert found.ended == "every point within the budget was tried"
 
 
