@@ -65,7 +65,7 @@ def allocate(context: Context, budget: Budget, progress: Progress) -> Outcome:
     candidate, recipe = _sequenced(budget, recipe, candidate, ledger)
     allocation = replace(allocation, notes=(*allocation.notes, *_doubts(budget, candidate, ledger)))
     plan = plan_of(context, candidate, recipe, sensitivities(allocation, candidate.asked))
-    return Outcome(candidate, plan, ledger.contenders(candidate), allocation)
+    return Outcome(candidate, plan, ledger.contenders(candidate, allocation.expected), allocation)
 
 
 def _doubts(budget: Budget, candidate: Candidate, ledger: Ledger) -> list[str]:
@@ -115,7 +115,10 @@ def _allocated(budget: Budget, recipe: Recipe, ledger: Ledger) -> tuple[Candidat
         return _smaller(budget, [(candidate, ours), (uniform, theirs)]), allocation
     fits = limit is None or uniform.size <= max(limit, candidate.size)
     quick = budget.max_latency is None or theirs.latency <= max(budget.max_latency, ours.latency)
-    return uniform if fits and quick and theirs.loss < ours.loss else candidate, allocation
+    if not (fits and quick and theirs.loss < ours.loss):
+        return candidate, allocation
+    told = f"one width everywhere after all: measured with everything in place, it loses less than the plan of {name}"
+    return uniform, replace(allocation, notes=(*allocation.notes, told))
 
 
 def _smaller(budget: Budget, pairs: Sequence[tuple[Candidate, Measurement]]) -> Candidate:

@@ -18,15 +18,18 @@ TIMING = 2
 
 
 def measure(context: Context, candidate: Candidate) -> Measurement:
-    """Run a candidate on the held-out samples, or on the user's evaluation data alone; unknown drops are infinite."""
+    """Run a candidate on the held-out samples, or on the user's evaluation data alone.
+
+    Without held-out samples fidelity and time are not numbers, without either of the two the drop is infinite.
+    """
     if context.held_out is None and context.evaluation is None:
-        return Measurement(candidate.size, 0.0, math.inf, 1.0)
+        return Measurement(candidate.size, math.nan, math.inf, math.nan)
     threads, large = context.options.threads, context.large
     session = DeferredSession(lambda: make_session(candidate.emitted.model, threads=threads, lean=large))
     if context.held_out is None:
         assert context.evaluation is not None
         drop, error = context.evaluation.drop_with_error(session)
-        return Measurement(candidate.size, 0.0, drop, 1.0, drop_error=error)
+        return Measurement(candidate.size, math.nan, drop, math.nan, drop_error=error)
     found = _figures(context, candidate, session)
     if large:
         return found

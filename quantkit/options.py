@@ -43,6 +43,7 @@ class Options:
         calibration_size: of the others, so many are used (0 = all).
         threads: onnxruntime threads for timing and calibration (0 = onnxruntime's choice).
         workers: processes that quantize layers (0 = one for each core); results do not depend on it.
+        front: make the choices between smallest and best even where the budget leaves nothing to choose.
     """
 
     bits: tuple[int, ...] | None = None
@@ -65,6 +66,7 @@ class Options:
     calibration_size: int = 0
     threads: int = 1
     workers: int = 0
+    front: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.cache, str):

@@ -62,11 +62,25 @@ class Ledger:
             self.rows.append((candidate, known))
         return known
 
-    def contenders(self, kept: Candidate) -> tuple[Contender, ...]:
-        """Rows for the report."""
+    def contenders(
+        self, kept: Candidate, expected: Callable[[Mapping[str, QuantSpec]], float | None] = lambda specs: None
+    ) -> tuple[Contender, ...]:
+        """Rows for the report.
+
+        Args:
+            expected: target name -> spec -> nats that an estimator predicts; None = it does not tell.
+        """
         last = max((index for index, row in enumerate(self.rows) if row[0] is kept), default=-1)
         return tuple(
-            Contender(other.name, other.size, figures.sqnr, figures.latency, index == last, figures.loss)
+            Contender(
+                other.name,
+                other.size,
+                figures.sqnr,
+                figures.latency,
+                index == last,
+                figures.loss,
+                expected(other.asked),
+            )
             for index, (other, figures) in enumerate(self.rows)
         )
 
@@ -114,6 +128,7 @@ def make_problem(ledger: Ledger, budget: Budget, recipe: Recipe, fixed_size: int
         seed=context.options.seed,
         progress=context.progress,
         known=ledger.known,
+        front=context.options.front,
     )
     if timed and budget.max_bops is not None:  # one form has to serve both
         both = replace(problem, bops=_remembered(partial(chooser.operations, fastest=True)))

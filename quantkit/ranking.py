@@ -11,6 +11,7 @@ from typing import Any, cast
 import onnx
 import onnx_ir as ir
 
+from quantkit.allocators._findings import UNJUDGED
 from quantkit.allocators._judge import Verdict, assignments, judge, true_losses
 from quantkit.allocators._table import Estimator, Scores, Unit, losses, scored, units_of
 from quantkit.budget import Budget
@@ -52,7 +53,8 @@ class EstimatorRow:
         quantity: what its figures are.
         nats: whether they are nats per sample.
         rank, error, ratio: how well it predicted random assignments on held-out samples: rank correlation, typical
-            factor minus 1, median of predicted over true (None for figures that are not nats, or when none was tried).
+            factor minus 1, median of predicted over true (None for figures that are not nats). All None where none was
+            tried, or too few that differ.
     """
 
     name: str
@@ -159,7 +161,8 @@ def _row(targets: Mapping[str, Any], unit: Unit, index: int, tables: Mapping[str
 
 
 def _summary(name: str, found: Scores, verdict: Verdict | None) -> EstimatorRow:
-    if verdict is None:
-        return EstimatorRow(name, found.quantity, found.nats, None, None, None, found.notes)
+    if verdict is None or not verdict.judged:
+        notes = found.notes if verdict is None else (*found.notes, f"{UNJUDGED}: give other --bits or more --tries")
+        return EstimatorRow(name, found.quantity, found.nats, None, None, None, notes)
     ratio = verdict.ratio if found.nats else None
     return EstimatorRow(name, found.quantity, found.nats, verdict.rank, math.expm1(verdict.error), ratio, found.notes)

@@ -66,10 +66,8 @@ class QuantSpec:
         if self.group_bits is None:
             return np.full(num_groups, self.bits, dtype=np.uint8)
         if len(self.group_bits) != num_groups:
-            raise InputError(
-                f"group_bits must name one width for each of the {num_groups} groups of {num_inputs} inputs, "
-                f"got {len(self.group_bits)}"
-            )
+            wanted = f"one width for each of the {num_groups} groups of {num_inputs} inputs"
+            raise InputError(f"group_bits must name {wanted}, got {len(self.group_bits)}")
         return np.array(self.group_bits, dtype=np.uint8)
 
     def average_bits(self, num_inputs: int) -> float:
@@ -238,8 +236,8 @@ class QuantizedWeight:
         """W[N, K] = scale * (code - zero_point), divided by pre_scale when there is one."""
         num_inputs = self.codes.shape[1]
         width = self.spec.group_width(num_inputs)
-        scales = np.repeat(self.scales, width, axis=1)[:, :num_inputs]
-        zero_points = np.repeat(self.zero_points, width, axis=1)[:, :num_inputs]
+        grids = (self.scales, self.zero_points)
+        scales, zero_points = (np.repeat(grid, width, axis=1)[:, :num_inputs] for grid in grids)
         weight = (self.codes.astype(np.float32) - zero_points) * scales
         return weight if self.pre_scale is None else weight / self.pre_scale
 
@@ -290,15 +288,6 @@ class Measurement:
     drop_error: float = 0.0
     sample_losses: tuple[float, ...] = ()
 
-    def clearly_better(self, other: Measurement) -> bool:
-        """Whether the loss is lower by more than the standard error of the difference, taken sample by sample."""
-        if len(self.sample_losses) != len(other.sample_losses) or len(self.sample_losses) < 2:
-            return self.loss < other.loss
-        if not math.isfinite(self.loss + other.loss):
-            return self.loss < other.loss
-        gains = np.subtract(other.sample_losses, self.sample_losses)
-        return bool(gains.mean() > gains.std(ddof=1) / math.sqrt(len(gains)))
-
 
 @dataclass(frozen=True)
 class AllocationProblem:
@@ -309,8 +298,7 @@ class AllocationProblem:
         stats: name -> what calibration saw (only what the methods asked for).
         candidates: name -> the specs that some form can really run, best fidelity first.
         size: (target, spec) -> bytes that the layer takes in the file, scales and zero points included.
-        float_size: bytes of the original model.
-        fixed_size: bytes of the file that no decision changes.
+        float_size, fixed_size: bytes of the original model, and of the file that no decision changes.
         quantize: (target, spec) -> the quantized weight.
         quantize_many: make many (target name, spec) at once, for `quantize` to find.
         evaluate: emit, run and score a whole assignment; the second argument, a name, is for the report.
@@ -321,9 +309,9 @@ class AllocationProblem:
         model_ms: time of the float model at the same shapes; None = not measured.
         correction: measured time of a quantized model over what its layers' times predict.
         network: the float model with samples, to try changed weights on; None = there is no data.
-        seed: of everything random.
-        progress: where long steps are shown.
+        seed, progress: of everything random, and where long steps are shown.
         known: what allocators found out that no budget changes; kept from one problem of a run to the next.
+        front: choices between smallest and best are wanted even where the budget leaves nothing to choose.
     """
 
     targets: Mapping[str, Target]
@@ -346,6 +334,7 @@ class AllocationProblem:
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
     known: dict[str, Any] = field(default_factory=dict)
+    front: bool = False
 
 
 class WeightQuantizer(Protocol):

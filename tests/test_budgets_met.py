@@ -46,6 +46,8 @@ def test_an_evaluation_without_calibration_decides(tmp_path: Path) -> None:
     loose = quantkit.compress(models.cnn(), evaluation=evaluation, budget=quantkit.Budget(max_drop=0.2))
     assert strict.report.average_bits > loose.report.average_bits
     assert not any("cannot be checked" in sentence for sentence in strict.report.unmet)
+    assert any("weights only, the metric alone was measured" in note for note in strict.report.notes)
+    assert all(np.isnan(row.sqnr) and np.isnan(row.latency) for row in strict.report.contenders)  # no run tells them
 
 
 def test_an_unknown_drop_meets_no_budget() -> None:

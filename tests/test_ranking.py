@@ -102,6 +102,21 @@ def test_wrong_input(files: Path, capsys: pytest.CaptureFixture[str], arguments:
     assert sentence in capsys.readouterr().err
 
 
+def test_too_few_assignments_are_no_verdict(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With one width there is one assignment."""
+    command = f"sensitivity {files}/m.onnx --calib {files}/calib.npz --tries 5 --bits 4 --estimators measured,salience"
+    assert main([*command.split(), "--json"]) == 0
+    shown = capsys.readouterr()
+    for row in json.loads(shown.out)["estimators"]:
+        assert row["rank"] is row["error"] is row["ratio"] is None
+        assert row["notes"][-1].startswith(
+            "too few different assignments to judge the estimators by: give other --bits"
+        )
+    text = " ".join(shown.err.split())
+    assert " inf" not in text and " nan" not in text and "random assignments with rank" not in text
+    assert "note: too few different assignments to judge the estimators by" in text
+
+
 def test_every_estimator_is_listed() -> None:
     names = estimator_names()
     assert {"measured", "salience"} <= set(names) and "uniform" not in names and "auto" not in names

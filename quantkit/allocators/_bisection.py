@@ -20,6 +20,7 @@ class Bisection:
         verified: counts beyond the first that violates, which are tried as well.
         errors: standard errors of the drop by which the accuracy has to be kept.
         known: choice -> bytes of its file where it keeps all budgets, None where it violates one.
+        measured: for every configuration that was emitted and run, whether it kept the accuracy.
     """
 
     problem: AllocationProblem
@@ -28,6 +29,7 @@ class Bisection:
     verified: int
     errors: float = 0.0
     known: dict[tuple[int, ...], int | None] = field(default_factory=dict)
+    measured: list[bool] = field(default_factory=list)
 
     def run(self, start: Sequence[int]) -> list[int]:
         """The smallest configuration that was measured to keep all budgets; `start` where none was.
@@ -56,7 +58,9 @@ class Bisection:
     def sentence(self) -> str:
         if not self.found:
             return "no configuration keeps the accuracy: even the most accurate one within the other budgets loses more"
-        return f"{len(self.known)} configurations were measured to keep the accuracy"
+        count = len(self.measured)
+        were = "configuration was" if count == 1 else "configurations were"
+        return f"{count} {were} measured, {sum(self.measured)} of which kept the accuracy"
 
     def _count(self, current: Sequence[int], movable: Sequence[int], lower: Mapping[int, int]) -> int:
         """How many of the units can be lowered, the first ones first."""
@@ -74,18 +78,19 @@ class Bisection:
     def _keeps(self, choice: Sequence[int]) -> bool:
         key = tuple(choice)
         if key not in self.known:
-            self.known[key] = self._measured(choice)
+            self.known[key] = self._size_within(choice)
         return self.known[key] is not None
 
-    def _measured(self, choice: Sequence[int]) -> int | None:
+    def _size_within(self, choice: Sequence[int]) -> int | None:
+        """Bytes of the file where it keeps all budgets; what exceeds a linear one is not even measured."""
         budget = self.problem.budget
         assert budget.max_drop is not None
         if any(total(limit.amounts, choice) > limit.bound for limit in limits(self.problem, self.units)):
             return None
         found = self.problem.evaluate(joined(self.units, choice))
         size = budget.max_bytes(self.problem.float_size)
-        within = keeps(self.problem, found, self.errors) and (size is None or found.size <= size)
-        return found.size if within else None
+        self.measured.append(keeps(self.problem, found, self.errors))
+        return found.size if self.measured[-1] and (size is None or found.size <= size) else None
 
 
 def _moved(current: Sequence[int], chosen: Sequence[int], lower: Mapping[int, int]) -> list[int]:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from quantkit.allocators._ilp import Limit, choose
 from quantkit.allocators._table import Unit, joined, limits, losses, predicted, sizes, weights_of
-from quantkit.types import AllocationProblem, Array
+from quantkit.types import AllocationProblem, Array, Measurement
 
 SPREAD = 64.0
 """Random sensitivities lie between 1 and this."""
@@ -28,15 +28,21 @@ class Verdict:
 
     Attributes:
         rank: Spearman's correlation of predicted and true losses.
-        error: root mean square of log(true / predicted), predicted without the assignment in question (leave one out).
+        error: root mean square of log(true / predicted), predicted without the assignment in question (leave one out);
+            infinite where the assignments do not allow a verdict.
         ratio: median of predicted over true; 1 only for figures that are in nats and add up.
-        scale: what brings its figures to nats.
+        scale: what brings its figures to nats; not a number where no assignment tells.
     """
 
     rank: float
     error: float
     ratio: float
     scale: float
+
+    @property
+    def judged(self) -> bool:
+        """Whether there were assignments enough, which losses tell apart."""
+        return math.isfinite(self.error)
 
 
 def assignments(problem: AllocationProblem, units: Sequence[Unit], count: int) -> list[list[int]]:
@@ -90,19 +96,17 @@ def judge(
     choices: Sequence[Sequence[int]],
     truth: Array,
 ) -> Verdict:
-    """Compare an estimator's sums with what was measured; at least three choices."""
+    """Compare an estimator's sums with what was measured; fewer than three different choices allow no verdict."""
     sums = predicted(losses(units, raw), choices)
     usable = np.isfinite(truth) & (truth > 0)
     first, second = np.log(np.maximum(sums[usable], LEAST)), np.log(np.maximum(truth[usable], LEAST))
-    if len(first) < ENOUGH or np.ptp(first) == 0:
-        return Verdict(0.0, math.inf, math.nan, 1.0)
-    rank = float(stats.spearmanr(first, second).statistic) if np.ptp(second) > 0 else 0.0
-    return Verdict(
-        0.0 if math.isnan(rank) else rank,
-        _left_out(first, second),
-        float(np.exp(np.median(first - second))),
-        float(np.exp(np.mean(second - first))),
-    )
+    told = len(first) > 0 and bool((sums[usable] > LEAST).all())
+    scale = float(np.exp(np.mean(second - first))) if told else math.nan
+    if len(first) < ENOUGH or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return Verdict(0.0, math.inf, math.nan, scale)
+    rank = float(stats.spearmanr(first, second).statistic)
+    ratio = float(np.exp(np.median(first - second)))
+    return Verdict(0.0 if math.isnan(rank) else rank, _left_out(first, second), ratio, scale)
 
 
 def _left_out(first: Array, second: Array) -> float:
@@ -114,3 +118,12 @@ def _left_out(first: Array, second: Array) -> float:
         slope = max(float(((x - x.mean()) * (y - y.mean())).sum()) / spread, 0.0) if spread > 0 else 0.0
         errors.append(second[index] - (y.mean() + slope * (first[index] - x.mean())))
     return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def clearly_better(one: Measurement, other: Measurement) -> bool:
+    """Whether one loses less by more than the standard error of the difference, taken sample by sample."""
+    first, second = one.sample_losses, other.sample_losses
+    if len(first) != len(second) or len(first) < 2 or not math.isfinite(one.loss + other.loss):
+        return one.loss < other.loss
+    gains = np.subtract(second, first)
+    return bool(gains.mean() > gains.std(ddof=1) / math.sqrt(len(gains)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,6 @@ from quantkit.types import AllocationProblem, Array, FloatArray, QuantSpec
 
 CAP = 2.0
 """What is not finite counts as this many times the largest finite loss: it must not flatten the rest."""
-
 REPAIRS = 12
 GROWTH = 2
 """What is kept back at first grows by this factor, from the bytes that the file is too large by."""
@@ -29,6 +29,7 @@ DOUBT = 0.02
 """Of the float model's time: predictions that differ by less are not told apart where none is within the budget."""
 PROVEN = 2e-9
 """Gap up to which the solver counts an answer as the best."""
+NATS = "nats per sample"
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ class Allocation(Mapping[str, QuantSpec]):
     Attributes:
         specs: the choice.
         units: what was decided together.
-        scores: estimator's name -> its figures.
+        scores: estimator's name -> its figures; first the one whose plan this is, or that is believed.
         predicted: nats per sample, None where no estimator speaks in nats.
         front: choices from the smallest to the largest that is within the budget's other limits, none better and
             smaller than another.
         notes: sentences for the report.
+        scale: what brings the first estimator's sums to nats per sample; None where that is not known.
     """
 
     specs: Mapping[str, QuantSpec]
@@ -94,6 +96,14 @@ class Allocation(Mapping[str, QuantSpec]):
     predicted: float | None = None
     front: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
+    scale: float | None = None
+
+    def expected(self, specs: Mapping[str, QuantSpec]) -> float | None:
+        """Nats per sample that any plan loses by the first estimator; None where it does not speak in nats."""
+        picked = choice_of(self.units, specs)
+        if self.scale is None or not self.scores or picked is None:
+            return None
+        return self.scale * total(losses(self.units, next(iter(self.scores.values())).raw), picked)
 
     def __getitem__(self, name: str) -> QuantSpec:
         return self.specs[name]
@@ -110,16 +120,22 @@ class Point:
     """One place on the front: what it costs and what it is predicted to lose.
 
     Attributes:
-        size: bytes of the file.
+        size: bytes of the file, estimated: nodes that a mixture of widths brings are not counted.
         average_bits: codes alone.
-        loss: predicted, in the estimator's unit.
+        loss: predicted.
         specs: target name -> spec.
+        estimator: who predicted it.
+        quantity: what `loss` is.
+        nats: whether it is in nats per sample.
     """
 
     size: int
     average_bits: float
     loss: float
     specs: Mapping[str, QuantSpec]
+    estimator: str = ""
+    quantity: str = NATS
+    nats: bool = True
 
 
 def units_of(problem: AllocationProblem) -> tuple[Unit, ...]:
@@ -219,8 +235,7 @@ def _labelled(problem: AllocationProblem, units: Sequence[Unit]) -> list[tuple[L
     found = []
     if budget.avg_bits is not None:
         weights = sum(math.prod(targets[name].shape) for name in names)
-        bits = Limit(code_bits(problem, units), budget.avg_bits * weights)
-        found.append((bits, Label("--avg-bits", per=weights)))
+        found.append((Limit(code_bits(problem, units), budget.avg_bits * weights), Label("--avg-bits", per=weights)))
     size = budget.max_bytes(problem.float_size)
     if size is not None:
         label = Label("--max-size", " bytes", fixed=problem.fixed_size)
@@ -322,8 +337,7 @@ def front(
 ) -> tuple[Point, ...]:
     """Choices along the size, from everything narrow to the least loss that the budget's limits allow."""
     size, bits = sizes(problem, units), code_bits(problem, units)
-    names = [name for unit in units for name in unit.members]
-    weights = sum(math.prod(problem.targets[name].shape) for name in names)
+    weights = sum(math.prod(problem.targets[name].shape) for unit in units for name in unit.members)
     best = solve(problem, units, table)
     low = [int(np.argmin(row)) for row in size]
     found: dict[tuple[int, ...], Point] = {}
@@ -337,12 +351,17 @@ def front(
                 total(table, picked),
                 joined(units, picked),
             )
-    points = sorted(found.values(), key=lambda point: (point.size, point.loss))
     kept: list[Point] = []
-    for point in points:
+    for point in sorted(found.values(), key=lambda point: (point.size, point.loss)):
         if not kept or point.loss < kept[-1].loss:
             kept.append(point)
     return tuple(kept)
+
+
+def told(points: Sequence[Point], name: str, found: Scores, scale: float = 1.0) -> tuple[Point, ...]:
+    """The front with who predicted it and in what; `scale` brings its losses to the unit of `found`."""
+    by = partial(replace, estimator=name, quantity=found.quantity, nats=found.nats)
+    return tuple(by(point, loss=scale * point.loss) for point in points)
 
 
 def allocate_by(problem: AllocationProblem, name: str, estimator: Estimator) -> Allocation:
@@ -351,17 +370,20 @@ def allocate_by(problem: AllocationProblem, name: str, estimator: Estimator) -> 
     if not units:
         return Allocation({})
     widest = joined(units, [len(unit.options) - 1 for unit in units])
-    if problem.budget.is_empty:
+    if problem.budget.is_empty and not problem.front:
         return Allocation(widest, units)
     scores = scored(problem, units, name, estimator)
     table = losses(units, scores.raw)
-    points = front(problem, units, table)
+    points = told(front(problem, units, table), name, scores)
+    if problem.budget.is_empty:
+        return Allocation(widest, units, front=points, notes=scores.notes)
     found = answer(problem, units, table)
     specs: Mapping[str, QuantSpec] = joined(units, found.choice)
     if problem.budget.max_drop is not None:
         specs = smallest_within_drop(problem, points, specs)
-    predicted = total(table, found.choice) if scores.nats else None
-    return Allocation(specs, units, {name: scores}, predicted, points, (*scores.notes, *found.notes))
+    scale, notes = 1.0 if scores.nats else None, (*scores.notes, *found.notes)
+    made = Allocation(specs, units, {name: scores}, front=points, notes=notes, scale=scale)
+    return replace(made, predicted=made.expected(specs))
 
 
 def scored(problem: AllocationProblem, units: Sequence[Unit], name: str, estimator: Estimator) -> Scores:

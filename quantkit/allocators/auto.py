@@ -11,15 +11,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 from quantkit.allocators._drop import smallest_within_drop
+from quantkit.allocators._findings import Findings
 from quantkit.allocators._ilp import total
 from quantkit.allocators._inputs import has_torch
-from quantkit.allocators._judge import Verdict, assignments, judge, true_losses
+from quantkit.allocators._judge import Verdict, assignments, clearly_better, judge, true_losses
 from quantkit.allocators._table import (
     Allocation,
     Answer,
@@ -27,12 +28,12 @@ from quantkit.allocators._table import (
     Scores,
     Unit,
     answer,
-    choice_of,
     front,
     joined,
     limits,
     losses,
     scored,
+    told,
     units_of,
 )
 from quantkit.allocators.fisher import Fisher
@@ -45,7 +46,31 @@ from quantkit.types import AllocationProblem, Allocator, Measurement, QuantSpec
 
 EDGE_BITS = 8
 UNIFORM = "uniform"
+ENDS = "8 bits at both ends"
+WIDEST = "widest"
+PLANS = MappingProxyType(
+    {
+        UNIFORM: "one width everywhere",
+        ENDS: "first and last layer at 8 bits, one width between them",
+        WIDEST: "every layer at its widest",
+    }
+)
+LESS = "measured to lose less than"
 LARGE = "a large model: one width everywhere; --allocator salience gives layers widths by their Gram matrices"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A plan that was measured.
+
+    Attributes:
+        name: in the pool.
+        why: what it has over the plan by the most trusted estimator.
+    """
+
+    name: str
+    specs: Mapping[str, QuantSpec]
+    why: str
 
 
 @dataclass(frozen=True)
@@ -80,28 +105,44 @@ class Auto:
     def allocate(self, problem: AllocationProblem) -> Allocation:
         units = units_of(problem)
         if problem.network is None or not units or _nothing_to_choose(problem, units):
-            told = (LARGE,) if problem.network is None and problem.stats else ()
-            return Allocation(Uniform().allocate(problem), units, notes=told)
+            large = problem.network is None and problem.stats
+            plain = Allocation(Uniform().allocate(problem), units, notes=(LARGE,) if large else ())
+            return self._with_front(problem, plain) if problem.front and units else plain
+        found = self._findings(problem, units)
+        contending = found.ranking[: self.contenders] if limits(problem, units) else ()
+        answers = {name: answer(problem, units, found.table(units, name)) for name in contending}
+        kept = self._kept(problem, _pool(problem, units, answers), found.ranking[0])
+        owner = next((name for name in answers if joined(units, answers[name].choice) == kept.specs), None)
+        name = owner or found.ranking[0]
+        points = found.front(problem, units, name)
+        specs, why = kept.specs, kept.why
+        if problem.budget.max_drop is not None:
+            specs = smallest_within_drop(problem, points, kept.specs)
+            why = why if specs is not kept.specs else "as nothing that was measured keeps the accuracy, instead of"
+        plan = PLANS[kept.name] if owner is None and specs is kept.specs else f"bits by {name}"
+        notes = (found.sentence(plan, why), *found.scores[name].notes)
+        notes += answers[owner].notes if owner is not None else ()
+        order = (name, *(other for other in found.ranking if other != name))
+        scores = {other: found.in_nats(other) for other in order}
+        made = Allocation(specs, units, scores, front=points, notes=notes, scale=found.rest(name))
+        return replace(made, predicted=made.expected(specs))
+
+    def _with_front(self, problem: AllocationProblem, plain: Allocation) -> Allocation:
+        """A plan that nothing was compared for, with the front that was asked for beside it."""
+        units = plain.units
+        if problem.network is None:
+            scores = scored(problem, units, "salience", Salience())
+            points = front(problem, units, losses(units, scores.raw))
+            return replace(plain, front=told(points, "salience", scores))
+        found = self._findings(problem, units)
+        best = found.ranking[0]
+        points = found.front(problem, units, best)
+        return replace(plain, front=points, notes=(f"the front is by {best}{found.judgement()}", *plain.notes))
+
+    def _findings(self, problem: AllocationProblem, units: Sequence[Unit]) -> Findings:
         asked = self._estimators(problem, units)
         scores = {name: scored(problem, units, name, estimator) for name, estimator in asked.items()}
-        verdicts = self._verdicts(problem, units, scores)
-        # Few assignments tell estimators apart by chance too: where they hardly differ, the usual order holds.
-        doubt = {name: 1 + self.margin * place for place, name in enumerate(asked)}
-        ranking = sorted(verdicts, key=lambda name: verdicts[name].error * doubt[name])
-        tables = {name: losses(units, scores[name].raw) for name in ranking}
-        best = ranking[0]
-        points = front(problem, units, tables[best])
-        notes = (_sentence(best, verdicts), *scores[best].notes)
-        contending = ranking[: self.contenders] if limits(problem, units) else []
-        answers = {f"bits by {name}": answer(problem, units, tables[name]) for name in contending}
-        chosen = self._kept(problem, _pool(problem, units, answers))
-        kept = [found for found in answers.values() if joined(units, found.choice) == chosen]
-        notes += kept[0].notes if kept else ()
-        if problem.budget.max_drop is not None:
-            chosen = smallest_within_drop(problem, points, chosen)
-        picked = choice_of(units, chosen)
-        loss = None if picked is None else verdicts[best].scale * total(tables[best], picked)
-        return Allocation(chosen, units, {name: scores[name] for name in ranking}, loss, points, notes)
+        return Findings(scores, self._verdicts(problem, units, scores), self.margin)
 
     def _estimators(self, problem: AllocationProblem, units: Sequence[Unit]) -> dict[str, Estimator]:
         """The most trusted first: a line through several sizes of error is less noisy than one measurement each."""
@@ -121,8 +162,12 @@ class Auto:
         truth = true_losses(problem, units, choices)
         return {name: judge(units, found.raw, choices, truth) for name, found in scores.items()}
 
-    def _kept(self, problem: AllocationProblem, pool: Mapping[str, Mapping[str, QuantSpec]]) -> Mapping[str, QuantSpec]:
-        """The first of the pool, unless another is measured to lose clearly less, or uniform to lose less at all."""
+    def _kept(self, problem: AllocationProblem, pool: Mapping[str, Mapping[str, QuantSpec]], trusted: str) -> Kept:
+        """The first of the pool, unless another is measured to lose clearly less, or uniform to lose less at all.
+
+        Args:
+            trusted: the estimator whose plan the others have to beat.
+        """
         limit = problem.budget.max_bytes(problem.float_size)
         found: dict[str, Measurement] = {}
         for name, specs in pool.items():
@@ -130,7 +175,8 @@ class Auto:
                 found[name] = problem.evaluate(specs, name)
         fitting = {name: figures for name, figures in found.items() if limit is None or figures.size <= limit}
         if not fitting:
-            return pool[min(found, key=lambda name: found[name].size)]
+            least = min(found, key=lambda name: found[name].size)
+            return Kept(least, pool[least], "measured to take fewer bytes than")
         most = problem.budget.max_latency
         quick = {name: figures for name, figures in fitting.items() if most is None or figures.latency <= most}
         fitting = quick or fitting  # where none is, forms are still to be corrected by what was measured
@@ -140,22 +186,23 @@ class Auto:
                 better = figures.loss < fitting[best].loss
             else:
                 much = figures.loss < fitting[best].loss * (1 - self.margin)
-                better = much and figures.clearly_better(fitting[best])
+                better = much and clearly_better(figures, fitting[best])
             if better:
                 best = name
-        return pool[best]
+        missed = f"bits by {trusted}" in found.keys() - fitting.keys()
+        return Kept(best, pool[best], "measured to be within the budget, unlike" if missed else LESS)
 
 
 def _pool(
     problem: AllocationProblem, units: Sequence[Unit], answers: Mapping[str, Answer]
 ) -> dict[str, Mapping[str, QuantSpec]]:
-    """Name -> plan to emit and measure."""
+    """Name -> plan to emit and measure; `answers` by estimators, the most trusted first."""
     if not answers:  # an accuracy alone: the front decides
-        return {"widest": joined(units, [len(unit.options) - 1 for unit in units])}
+        return {WIDEST: joined(units, [len(unit.options) - 1 for unit in units])}
     same = replace(problem, budget=replace(problem.budget, max_drop=None))
-    pool = {name: joined(units, found.choice) for name, found in answers.items()}
+    pool = {f"bits by {name}": joined(units, found.choice) for name, found in answers.items()}
     recipe = both_ends_wide(problem, units)
-    ends = {} if recipe is None else {"8 bits at both ends": recipe}
+    ends = {} if recipe is None else {ENDS: recipe}
     uniform = Uniform().allocate(same)
     others = {name: specs for name, specs in {**pool, **ends}.items() if specs != uniform}
     return {**others, UNIFORM: uniform}  # last: it need not win clearly
@@ -188,15 +235,6 @@ def both_ends_wide(problem: AllocationProblem, units: Sequence[Unit]) -> dict[st
         if all(total(limit.amounts, choice) <= limit.bound for limit in bounds):
             return joined(units, choice)
     return None
-
-
-def _sentence(best: str, verdicts: Mapping[str, Verdict]) -> str:
-    """What the report says about the estimators."""
-    figures = "; ".join(
-        f"{name}: rank correlation {found.rank:.2f}, off by {100 * math.expm1(found.error):.0f} %"
-        for name, found in sorted(verdicts.items(), key=lambda item: item[1].error)
-    )
-    return f"bits by {best}, which predicted random assignments best ({figures})"
 
 
 METHOD: type[Allocator] = Auto

@@ -117,12 +117,12 @@ class Interlayer:
     def allocate(self, problem: AllocationProblem) -> Allocation:
         units = units_of(problem)
         widest = [len(unit.options) - 1 for unit in units]
-        if not units or problem.budget.is_empty:
+        if not units or (problem.budget.is_empty and not problem.front):
             return Allocation(joined(units, widest), units)
         table, terms, note = self._figures(problem, units)
         seen = augmented(units, table, terms)
         best = self._within(problem, units, table, terms)
-        choice, notes = best.choice, [note, *best.notes]
+        choice, notes = widest if problem.budget.is_empty else best.choice, [note, *best.notes]
         if problem.budget.max_drop is not None:
             start = best.choice if limits(problem, units) else widest
             for errors in (SPARE_ERRORS, 0.0):

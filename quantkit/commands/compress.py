@@ -66,6 +66,11 @@ def run(args: Namespace) -> int:
     budget = budget_of(args)
     front = None if args.pareto is None else _common.output_folder("--pareto", args.pareto)
     check_methods(args)
+    if front is not None:
+        from quantkit.front import check_front
+
+        has_data = args.calib is not None or args.random_calibration
+        check_front(args.allocator, has_data=has_data, has_plan=args.plan is not None)
     options = method_options(args)
     plan = None
     if args.plan:
@@ -85,6 +90,7 @@ def run(args: Namespace) -> int:
         plan=plan,
         progress=_common.progress_of(args),
         **options,
+        **({} if front is None else {"front": True}),
     )
     code = finish(args, result, outputs)
     return code if front is None else max(code, write_front(result, front))

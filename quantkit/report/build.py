@@ -83,6 +83,7 @@ def build_report(
         for key, target in context.targets.items()
     ]
     average = _average(context.targets, candidate.chosen)
+    predicted = prediction(outcome.allocation, candidate.asked)
     fidelity = None
     if measured.fidelity is not None and measured.parity is not None and context.held_out is not None:
         found = measured.fidelity
@@ -98,13 +99,13 @@ def build_report(
         stored_bits=average[1],
         fidelity=fidelity,
         timings=measured.timings,
-        contenders=outcome.contenders,
+        contenders=tuple(replace(row, predicted=predicted) if row.chosen else row for row in outcome.contenders),
         unmet=tuple(_unmet(context, budget, candidate, size, average[0], measured)),
         notes=(*context.loaded.notes, *outcome.allocation.notes, *_notes(context, candidate, measured), *inside.notes),
         provenance=dict(origin),
         sensitivities=sensitivities(outcome.allocation, candidate.asked),
-        predicted=outcome.allocation.predicted,
-        front=tuple(FrontRow(point.size, point.average_bits, point.loss) for point in outcome.allocation.front),
+        predicted=predicted,
+        front=front_rows(outcome.allocation),
         budget=budget.to_dict(),
         accuracy=_accuracy(context, measured),
         depth=inside.depth,
@@ -189,8 +190,23 @@ def sensitivities(allocation: Allocation, specs: Mapping[str, QuantSpec]) -> tup
         losses = {unit.bits(option): loss for option, loss in enumerate(scores.raw[unit.name])}
         spec = specs.get(unit.members[0])
         bits = None if spec is None or spec.group_bits is not None else spec.bits
-        rows.append(SensitivityRow(unit.members, losses, bits, name))
+        rows.append(SensitivityRow(unit.members, losses, bits, name, scores.quantity, scores.nats))
     return tuple(rows)
+
+
+def front_rows(allocation: Allocation) -> tuple[FrontRow, ...]:
+    """The front with who predicted it: where its points do not say, the estimator that was believed."""
+    first = next(iter(allocation.scores), "")
+    return tuple(
+        FrontRow(point.size, point.average_bits, point.loss, point.estimator or first, point.quantity, point.nats)
+        for point in allocation.front
+    )
+
+
+def prediction(allocation: Allocation, specs: Mapping[str, QuantSpec]) -> float | None:
+    """Nats per sample that were expected of a plan; the allocator's own figure where the plan is its own."""
+    own = dict(allocation.specs) == dict(specs)
+    return allocation.predicted if own and allocation.predicted is not None else allocation.expected(specs)
 
 
 def _row(target: Target, option: Option | None, plan: Plan, kernel: str) -> LayerRow:
@@ -297,7 +313,8 @@ def _notes(context: Context, candidate: Candidate, measured: Measured) -> list[s
         why = "more than 1 GiB of weights" if context.large else "made-up inputs do not suit it"
         notes.append(f"the file loads, but was not run and compared: {why}; give --calib")
     if context.held_out is None:
-        notes.append("no calibration data: weights only, nothing was measured; give --calib for integer activations")
+        what = "nothing" if context.evaluation is None else "the metric alone"
+        notes.append(f"no calibration data: weights only, {what} was measured; give --calib for integer activations")
     notes += _scaled_inputs(candidate)
     slow = [timing for timing in measured.timings if timing.speedup < 1 / 1.05]
     for timing in slow:

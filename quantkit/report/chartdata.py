@@ -78,9 +78,9 @@ def plan_data(report: Report, by: str) -> list[dict[str, Any]]:
             other measured one beats in both.
     """
     rows: list[dict[str, Any]] = []
-    for point in thinned(report.front) if by == "size" else ():
-        name = f"{point.average_bits:.2f} bits per weight"
-        rows.append({"kind": "predicted", "name": name, "size": finite(point.size / 1e6), "loss": finite(point.loss)})
+    for point in thinned(report.front) if by == "size" and expects(report) else ():
+        name, size = f"{point.average_bits:.2f} bits per weight", finite(point.estimated_size / 1e6)
+        rows.append({"kind": "predicted", "name": name, "size": size, "loss": finite(point.loss)})
     for plan in report.contenders:
         figures = {"size": finite(plan.size / 1e6), "time": finite(plan.latency), "loss": finite(plan.loss)}
         rows.append({"kind": "chosen" if plan.chosen else "measured", "name": plan.name, **figures})
@@ -90,6 +90,11 @@ def plan_data(report: Report, by: str) -> list[dict[str, Any]]:
     for row in measured:
         row["best"] = not any(_beats(other, row, by) for other in measured)
     return rows if measured else []
+
+
+def expects(report: Report) -> bool:
+    """Whether the front is in the unit that losses are measured in: only then both stand on one axis."""
+    return bool(report.front) and all(row.nats for row in report.front)
 
 
 def _beats(row: Mapping[str, Any], other: Mapping[str, Any], by: str) -> bool:
@@ -124,6 +129,11 @@ def sensitivity_of(report: Report) -> tuple[dict[str, SensitivityRow], int]:
     common = set.intersection(*(set(row.losses) for row in rows)) if rows else set()
     width = USUAL_WIDTH if USUAL_WIDTH in common else min(common, default=USUAL_WIDTH)
     return {name: row for row in rows for name in row.layers}, width
+
+
+def speaks_nats(report: Report) -> bool:
+    """Whether sensitivities are in nats per sample."""
+    return all(row.nats for row in report.sensitivities)
 
 
 def width_name(row: LayerRow) -> str:

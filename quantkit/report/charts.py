@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantkit.report.chartdata import SHAPES, depth_data, finite, layer_data, plan_data, sensitivity_of, width_name
+from quantkit.report.chartdata import (
+    SHAPES,
+    depth_data,
+    finite,
+    layer_data,
+    plan_data,
+    sensitivity_of,
+    speaks_nats,
+    width_name,
+)
 from quantkit.report.rangecharts import histogram_chart, range_chart
 from quantkit.report.scales import HOVER, MANY, Spec, logarithmic, near_points
 from quantkit.report.types import LayerRow, Report
@@ -132,12 +141,14 @@ def _layers(report: Report) -> Spec | None:
     if not rows:
         return None
     _, width = sensitivity_of(report)
+    unit = "nats" if speaks_nats(report) else "in the estimator's own unit"
+    suffix = " + ' nats'" if speaks_nats(report) else ""
     kept = any(row["bits"] == 32 for row in rows)
     scale = {"domain": [0, 9 if kept else 8]}
     title = f"bits per weight{' (grey: float)' if kept else ''}"
     panels = [_panel("bits", title, {"scale": scale, "axis": {"values": [0, 2, 4, 6, 8]}})]
     for field, title in (
-        ("sens", f"sensitivity: loss with {width} bits, nats"),
+        ("sens", f"sensitivity: loss with {width} bits, {unit}"),
         ("error", "error of the layer alone, %"),
     ):
         values = [row[field] for row in rows]
@@ -151,7 +162,7 @@ def _layers(report: Report) -> Spec | None:
         "data": {"name": "layers"},
         "transform": [
             {"calculate": "datum.bits == 32 ? 'float' : format(datum.bits, '.3~g')", "as": "tipBits"},
-            {"calculate": "isValid(datum.sens) ? format(datum.sens, '.3~g') + ' nats' : '-'", "as": "tipSens"},
+            {"calculate": f"isValid(datum.sens) ? format(datum.sens, '.3~g'){suffix} : '-'", "as": "tipSens"},
             {"calculate": "isValid(datum.error) ? format(datum.error, '.3~g') + ' %' : '-'", "as": "tipError"},
             {"calculate": "isValid(datum.share) ? format(datum.share, '.3~g') + ' %' : '-'", "as": "tipShare"},
             {"calculate": "format(datum.before, ',') + ' > ' + format(datum.after, ',') + ' B'", "as": "tipSize"},

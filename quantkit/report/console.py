@@ -133,14 +133,26 @@ def plain_table(title: str, headings: Sequence[str]) -> Table:
 
 def _contender_table(report: Report) -> Table:
     table = plain_table("measured candidates", ("", "plan"))
-    for heading in ("size", "nats", "error dB", "time"):
+    foretold = any(row.predicted is not None for row in report.contenders)
+    for heading in ("size", *(["predicted"] if foretold else []), "nats", "error dB", "time"):
         table.add_column(heading, justify="right")
     for row in report.contenders:
         mark = "*" if row.chosen else ""
+        expected = ["-" if row.predicted is None else f"{row.predicted:.3g}"] if foretold else []
         nats = f"{row.loss:.3g}" if math.isfinite(row.loss) else "-"
         time = f"{row.latency:.2f}x" if math.isfinite(row.latency) else "-"
-        table.add_row(mark, Text(row.name), short_bytes(row.size), nats, f"{row.sqnr:.1f}", time)
+        decibels = "-" if math.isnan(row.sqnr) else f"{row.sqnr:.1f}"
+        table.add_row(mark, Text(row.name), short_bytes(row.size), *expected, nats, decibels, time)
     return table
+
+
+def loss_text(report: Report) -> str:
+    """`predicted 0.0121 nats per sample, measured 0.0134`, as far as both are known; "" where the first is not."""
+    if report.predicted is None:
+        return ""
+    measured = next((row.loss for row in report.contenders if row.chosen), math.inf)
+    found = f", measured {measured:.3g}" if math.isfinite(measured) else ""
+    return f"predicted {report.predicted:.3g} nats per sample from the weights alone{found}"
 
 
 def _totals_table(report: Report) -> Table:
@@ -152,6 +164,9 @@ def _totals_table(report: Report) -> Table:
         shapes = Text(", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in timing.shapes.items()))
         change = f"{timing.speedup:.2f}x" if timing.quantized_ms else "?"
         table.add_row("speed", Text(f"{change} ({timing.float_ms:.3f} > {timing.quantized_ms:.3f} ms) at ") + shapes)
+    expected = loss_text(report)
+    if expected:
+        table.add_row("loss", expected)
     fidelity = report.fidelity
     if fidelity is not None:
         agreement = "" if fidelity.top1_agreement is None else f", top-1 agreement {fidelity.top1_agreement:.1%}"

@@ -17,9 +17,9 @@ from typing import Any
 
 from quantkit.errors import InputError
 from quantkit.methods import missing_extra
-from quantkit.report.chartdata import activation_data, layer_data, sensitivity_of
+from quantkit.report.chartdata import activation_data, expects, layer_data, sensitivity_of
 from quantkit.report.charts import charts
-from quantkit.report.console import FORMS, short_bytes
+from quantkit.report.console import FORMS, loss_text, short_bytes
 from quantkit.report.summary import cards, checks, sentence
 from quantkit.report.types import Report
 
@@ -57,6 +57,10 @@ def report_html(report: Report) -> str:
         sentence=sentence(report),
         cards=cards(report),
         checks=checks(report),
+        loss=loss_text(report),
+        expects=expects(report),
+        foretold=any(row.predicted is not None for row in report.contenders),
+        estimators=dict.fromkeys((row.estimator, row.quantity) for row in report.sensitivities),
         captions={key: spec.pop("title", "") for key, spec in specs.items()},
         kept=[row for row in report.layers if row.bits is None],
         forms=[(form, FORMS[form]) for form in FORMS if any(row.form == form for row in report.layers)],

@@ -135,6 +135,7 @@ class Contender:
     Attributes:
         chosen: marks the one that was kept.
         loss: nats per sample against the float model.
+        predicted: what the estimator expected of it, activations float; None where there is none that speaks in nats.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Contender:
     latency: float
     chosen: bool
     loss: float = math.inf
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,24 +171,40 @@ class SensitivityRow:
     """What layers that are decided together would lose at each width.
 
     Attributes:
-        losses: width -> loss; nats per sample for estimators that speak in nats.
+        losses: width -> loss.
         bits: the width that they got; None where their groups differ.
         estimator: whose figures these are.
+        quantity: what they are.
+        nats: whether they are in nats per sample.
     """
 
     layers: tuple[str, ...]
     losses: Mapping[int, float]
     bits: int | None
     estimator: str
+    quantity: str = "nats per sample"
+    nats: bool = True
 
 
 @dataclass(frozen=True)
 class FrontRow:
-    """One choice between the smallest file and the least loss: estimated bytes, bits of codes, predicted loss."""
+    """One choice between the smallest file and the least loss.
 
-    size: int
+    Attributes:
+        estimated_size: bytes of the file, without the nodes that a mixture of widths brings.
+        average_bits: of codes alone.
+        loss: predicted.
+        estimator: who predicted it.
+        quantity: what it is.
+        nats: whether it is in nats per sample.
+    """
+
+    estimated_size: int
     average_bits: float
     loss: float
+    estimator: str = ""
+    quantity: str = "nats per sample"
+    nats: bool = True
 
 
 @dataclass(frozen=True)
@@ -203,7 +221,7 @@ class Report:
         notes: things the user should know (folding, slower than float, memory at run time ...).
         provenance: hashes and versions, as in the model's metadata_props.
         sensitivities: of every unit, in graph order; empty where no estimator was asked.
-        predicted: nats per sample that the allocator expected of its choice, activations float.
+        predicted: nats per sample that the estimator expected of the plan that was kept, activations float.
         front: choices from the smallest to the least loss.
         budget: the constraints that were asked for, as `Budget.to_dict` says them.
         accuracy: None where there is no evaluation data.

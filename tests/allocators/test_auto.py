@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantkit.allocators._judge import assignments, judge
+from quantkit.allocators._judge import assignments, clearly_better, judge
 from quantkit.allocators._table import Allocation, Scores, joined, limits, units_of
-from quantkit.allocators.auto import METHOD, Auto
+from quantkit.allocators.auto import ENDS, METHOD, Auto
 from quantkit.allocators.measured import Measured
 from quantkit.allocators.uniform import Uniform
 from quantkit.budget import Budget
@@ -107,7 +107,7 @@ def test_uniform_wins_where_it_is_measured_to_lose_less() -> None:
 
 
 def test_others_have_to_win_clearly() -> None:
-    ends = "8 bits at both ends"
+    ends = ENDS
     best = Auto().allocate(ready(Budget(avg_bits=7))[0])
     least = ready(Budget(avg_bits=7))[1](best).loss
     for factor, wins in ((0.95, False), (0.85, True)):
@@ -140,13 +140,13 @@ def test_differences_are_taken_sample_by_sample() -> None:
     def of(*losses: float) -> Measurement:
         return Measurement(1, 0.0, 0.0, 1.0, float(np.mean(losses)), sample_losses=losses)
 
-    assert of(1.0, 9.0, 5.0).clearly_better(of(1.5, 9.4, 5.6))
-    assert not of(1.0, 9.0, 5.0).clearly_better(of(0.9, 9.4, 4.9))
-    assert not of(1.0, 9.0, 5.0).clearly_better(of(1.0, 9.0, 5.0))
+    assert clearly_better(of(1.0, 9.0, 5.0), of(1.5, 9.4, 5.6))
+    assert not clearly_better(of(1.0, 9.0, 5.0), of(0.9, 9.4, 4.9))
+    assert not clearly_better(of(1.0, 9.0, 5.0), of(1.0, 9.0, 5.0))
     # Without samples that belong together, the means alone.
-    assert of(1.0).clearly_better(of(1.1)) and of(1.0, 2.0).clearly_better(of(1.0, 2.0, 3.0))
-    assert of(1.0, 2.0).clearly_better(of(math.inf, 2.0)) and not of(math.inf, 2.0).clearly_better(of(1.0, 2.0))
-    assert not of(math.inf, 2.0).clearly_better(of(math.inf, 2.0))
+    assert clearly_better(of(1.0), of(1.1)) and clearly_better(of(1.0, 2.0), of(1.0, 2.0, 3.0))
+    assert clearly_better(of(1.0, 2.0), of(math.inf, 2.0)) and not clearly_better(of(math.inf, 2.0), of(1.0, 2.0))
+    assert not clearly_better(of(math.inf, 2.0), of(math.inf, 2.0))
 
 
 def test_sizes_hold_in_bytes() -> None:
@@ -225,6 +225,15 @@ def test_verdicts() -> None:
     assert inverted.rank == pytest.approx(-1) and inverted.error > 0.1
     noise = judge(units, raw, choices, rng.exponential(size=30))
     assert abs(noise.rank) < 0.5 and noise.error > exact.error
+    assert exact.judged and inverted.judged and noise.judged
+    # Too few, or all the same: no verdict; what sums are in nats is known all the same.
+    for few in (
+        judge(units, raw, choices[:2], 3 * sums[:2]),
+        judge(units, raw, choices[:1] * 5, 3 * sums[:1].repeat(5)),
+    ):
+        assert not few.judged and few.error == math.inf and few.scale == pytest.approx(3)
+    alike = judge(units, raw, choices, np.ones(30))
+    assert not alike.judged and math.isnan(judge(units, raw, [], np.ones(0)).scale)
     flat = judge(units, {unit.name: (1.0,) * len(unit.options) for unit in units}, choices, sums)
     assert flat.error == math.inf and flat.rank == 0
     assert joined(units, choices[0]).keys() == SHAPES.keys()
@@ -246,5 +255,106 @@ def test_wrong_settings(settings: Mapping[str, Any], sentence: str) -> None:
 def test_scores_of_another_kind_are_scaled_to_nats() -> None:
     made, evaluator = ready(Budget(avg_bits=4))
     found = Auto(affordable=1.0).allocate(made)
-    assert isinstance(found.scores["salience"], Scores) and not found.scores["salience"].nats
+    plain: Scores = made.known["salience"]
+    scaled = found.scores["salience"]
+    assert not plain.nats and scaled.nats and scaled.quantity == f"nats per sample, scaled from {plain.quantity}"
+    factors = {loss / plain.raw[name][at] for name, row in scaled.raw.items() for at, loss in enumerate(row)}
+    assert max(factors) == pytest.approx(min(factors), rel=1e-12) and found.scale == 1.0
     assert found.predicted == pytest.approx(evaluator(found).loss, rel=2.0)
+    assert {(point.estimator, point.quantity, point.nats) for point in found.front} == {
+        ("salience", scaled.quantity, True)
+    }
+    for point in found.front:
+        assert point.loss == pytest.approx(found.expected(point.specs), rel=1e-9)
+    assert found.notes[0].startswith("bits by salience (on random assignments, salience: rank correlation ")
+
+
+def test_the_front_is_in_nats() -> None:
+    """Losses of single layers add up in the made-up network, so that the front tells what plans really lose."""
+    made, evaluator = ready(Budget(avg_bits=4))
+    found = Auto().allocate(made)
+    assert {(point.estimator, point.quantity, point.nats) for point in found.front} == {
+        ("measured", "nats per sample", True)
+    }
+    for point in found.front:
+        assert point.loss == pytest.approx(evaluator(point.specs).loss, rel=0.05)
+        assert point.loss == pytest.approx(found.expected(point.specs), rel=1e-9)
+
+
+def test_the_sentence_and_the_figures_are_of_the_plan_that_was_kept() -> None:
+    """The second estimator's plan is measured to lose less: its name, its figures and its front."""
+    sentences = {}
+    for winner in ("bits by measured", "bits by salience", "uniform", ENDS):
+        made, evaluator = ready(
+            Budget(avg_bits=6.6), loss=lambda name, specs, loss, winner=winner: 1.0 if name == winner else 2.0
+        )
+        found = Auto(contenders=3).allocate(made)
+        kept = next(specs for name, specs in evaluator.asked if name == winner)
+        assert dict(found) == kept
+        sentences[winner] = found.notes[0].partition(" (")[0]
+        by = winner.removeprefix("bits by ") if winner.startswith("bits by ") else "measured"
+        assert next(iter(found.scores)) == by == found.front[0].estimator
+        assert found.predicted == found.expected(kept) is not None
+        assert dict(found.front[-1].specs) == next(specs for name, specs in evaluator.asked if name == f"bits by {by}")
+    best = "bits by measured, which predicted random assignments best"
+    assert sentences == {
+        "bits by measured": best,
+        "bits by salience": f"bits by salience, measured to lose less than {best}",
+        "uniform": f"one width everywhere, measured to lose less than {best}",
+        ENDS: f"first and last layer at 8 bits, one width between them, measured to lose less than {best}",
+    }
+
+
+def test_a_plan_that_alone_fits_is_not_said_to_lose_less() -> None:
+    made, evaluator = ready(Budget(max_size=6500))
+
+    def measured(more: Mapping[str, int]) -> Callable[..., Measurement]:
+        def evaluate(specs: Mapping[str, QuantSpec], name: str = "trial") -> Measurement:
+            figures = evaluator(specs, name)
+            return replace(figures, size=figures.size + more[name])
+
+        return evaluate
+
+    for sizes, words in (
+        ({"bits by measured": 9999, "bits by salience": 0, "uniform": 0, ENDS: 0}, "to be within the budget, unlike"),
+        ({"bits by measured": 9999, "bits by salience": 9990, "uniform": 9999, ENDS: 9999}, "to take fewer bytes than"),
+    ):
+        notes = Auto(margin=0.0).allocate(replace(made, evaluate=measured(sizes))).notes
+        assert f"measured {words} bits by measured, which predicted random assignments best (" in notes[0]
+
+
+def test_an_accuracy_that_nothing_keeps_is_told() -> None:
+    found = Auto().allocate(ready(Budget(max_drop=1e-12))[0])
+    assert {spec.bits for spec in found.values()} == {8}
+    assert found.notes[0].startswith(
+        "every layer at its widest, as nothing that was measured keeps the accuracy, instead of bits by measured, which"
+    )
+    kept = Auto().allocate(ready(Budget(max_drop=1e-3))[0])
+    assert kept.notes[0].startswith("bits by measured, which predicted random assignments best (")
+    assert kept.predicted == kept.expected(kept.specs)
+
+
+def test_a_front_that_is_asked_for_changes_nothing_else() -> None:
+    for budget in (Budget(), Budget(avg_bits=8), Budget(max_size=10**6)):
+        made, evaluator = ready(budget)
+        plain, found = Auto().allocate(made), Auto().allocate(replace(made, front=True))
+        assert dict(found) == dict(plain) and found.scores == plain.scores == {} and not evaluator.asked
+        assert len(found.front) >= 5 and plain.front == () and plain.notes == ()
+        assert {spec.bits for spec in found.front[0].specs.values()} == {2}
+        assert {spec.bits for spec in found.front[-1].specs.values()} == {8}
+        assert {(point.estimator, point.nats) for point in found.front} == {("measured", True)}
+        assert found.notes[0].startswith("the front is by measured, which predicted random assignments best (")
+    # Without a network to try anything on, by figures that only compare layers.
+    blind = Auto().allocate(replace(ready(Budget(avg_bits=3))[0], network=None, front=True))
+    assert {spec.bits for spec in blind.values()} == {3} and len(blind.front) >= 2
+    assert {(point.estimator, point.quantity, point.nats) for point in blind.front} == {
+        ("salience", "relative squared output error", False)
+    }
+
+
+def test_one_width_is_too_little_to_judge_by() -> None:
+    made, _ = ready(Budget(max_drop=0.9))
+    one = {name: tuple(spec for spec in specs if spec.bits == 5) for name, specs in made.candidates.items()}
+    found = Auto().allocate(replace(made, candidates=one))
+    assert found.notes[0] == "bits by linearity; too few different assignments to judge the estimators by"
+    assert len(assignments(made, units_of(replace(made, candidates=one)), 8)) == 1

@@ -52,9 +52,9 @@ def test_the_front_is_monotone_and_ends_at_the_best_choice(seed: int) -> None:
     assert {spec.bits for spec in points[0].specs.values()} == {2}
     assert points[-1].specs == joined(units, solve(made, units, table))
     # None of all choices is smaller and better than a point.
-    for choice in every_choice(units):
-        bytes_, loss = FIXED + file_bytes(made, joined(units, choice)), total(table, choice)
-        if bits_of(joined(units, choice)) <= 5:
+    for each in every_choice(units):
+        bytes_, loss = FIXED + file_bytes(made, joined(units, each)), total(table, each)
+        if bits_of(joined(units, each)) <= 5:
             assert not any(bytes_ <= point.size and loss < point.loss * (1 - 1e-9) for point in points)
 
 
@@ -88,6 +88,21 @@ def test_the_reasons_come_with_the_choice(nats: bool) -> None:
     choice = choice_of(units, found)
     assert choice is not None
     assert found.predicted == (pytest.approx(total(table, choice)) if nats else None)
+    assert {(point.estimator, point.quantity, point.nats) for point in found.front} == {("made", "made up", nats)}
+    # Of any other plan too, where it is made of the units' options.
+    other = [0] * len(units)
+    assert found.expected(joined(units, other)) == (pytest.approx(total(table, other)) if nats else None)
+    assert found.expected({name: QuantSpec(5, 16) for name in SHAPES}) is None
+
+
+def test_a_front_that_is_asked_for_is_made_without_a_budget() -> None:
+    made = make(Budget(), front=True)
+    found = allocate_by(made, "made", Fixed())
+    assert {spec.bits for spec in found.values()} == {8} and found.scores == {} and found.predicted is None
+    assert len(found.front) >= 5 and found.notes == ("a note",)
+    assert {spec.bits for spec in found.front[0].specs.values()} == {2}
+    table = losses(units_of(made), table_of(units_of(made)))
+    assert found.front[-1].loss == pytest.approx(sum(min(row) for row in table))
 
 
 def test_a_table_is_made_once_for_all_budgets_of_a_run() -> None:
@@ -108,6 +123,7 @@ def test_an_accuracy_is_kept_by_measuring_points_of_the_front() -> None:
 
     made = make(Budget(avg_bits=6, max_drop=0.01), evaluate=evaluate)
     found = allocate_by(made, "made", Fixed())
+    assert found.predicted == pytest.approx(next(p.loss for p in found.front if p.specs == found.specs))
     averages = [point.average_bits for point in found.front]
     assert bits_of(found) == pytest.approx(min(average for average in averages if average >= 4.4))
     assert 1 <= len(asked) <= math.ceil(math.log2(len(averages) + 1)) + 2

@@ -82,7 +82,11 @@ def test_plans_of_quantizers(folder: Path, capsys: pytest.CaptureFixture[str], q
 
 
 def test_sensitivity(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = output(capsys, "sensitivity", "sensitivity m.onnx --calib x.npz --tries 3 --estimators measured,salience")
+    data = output(
+        capsys,
+        "sensitivity",
+        "sensitivity m.onnx --calib x.npz --tries 5 --bits 2,3,4,5,6,7,8 --estimators measured,salience",
+    )
     assert data["estimators"][0]["rank"] is not None and data["estimators"][1]["ratio"] is None
     output(capsys, "sensitivity", "sensitivity m.onnx --calib x.npz --bits 4")
 

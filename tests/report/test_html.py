@@ -100,6 +100,29 @@ def test_the_page_says_what_counts(page: str) -> None:
         assert part in text, part
 
 
+def test_predicted_stands_beside_measured(page: str) -> None:
+    text = " ".join(Parsed(page).text.split())
+    assert "Loss: predicted 0.02 nats per sample from the weights alone, measured 0.02." in text
+    assert "predicted, nats" not in text  # no plan of the example carries a prediction
+    told = tuple(replace(row, predicted=0.0123 if row.chosen else None) for row in example().contenders)
+    found = " ".join(Parsed(report_html(example(contenders=told))).text.split())
+    assert "predicted, nats" in found and "200 kB0.01230.0231.5" in found.replace(" ", "").replace("kB", " kB")
+    assert "Loss: " not in " ".join(Parsed(report_html(example(predicted=None))).text.split())
+
+
+def test_figures_in_another_unit_are_named(page: str) -> None:
+    text = " ".join(Parsed(page).text.split())
+    assert "The dots are what the planner expected" in text and "(nats per sample, by measured)" in text
+    front = tuple(replace(row, estimator="hawq", quantity="trace x error", nats=False) for row in example().front)
+    rows = tuple(replace(row, estimator="hawq", quantity="<b>", nats=False) for row in example().sensitivities)
+    found = Parsed(report_html(example(front=front, sensitivities=rows)))
+    text = " ".join(found.text.split())
+    assert "is in another unit than nats (trace x error, by hawq), so it is not drawn here." in text
+    assert "The dots are" not in text and "more bits (<b>, by hawq)." in text
+    plain = " ".join(Parsed(report_html(example(front=()))).text.split())
+    assert "The dots are" not in plain and "is not drawn here" not in plain
+
+
 def test_nothing_comes_from_outside(page: str) -> None:
     found = Parsed(page)
     for tag, attrs in found.tags:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,15 +11,19 @@ import pytest
 from quantkit.report.chartdata import (
     activation_data,
     depth_data,
+    expects,
     layer_data,
     percent,
     plan_data,
     sensitivity_of,
+    speaks_nats,
     width_name,
 )
+from quantkit.report.charts import charts
+from quantkit.report.console import loss_text
 from quantkit.report.scales import MOST_POINTS, both_signs, logarithmic, thinned
 from quantkit.report.summary import cards, checks, sentence
-from quantkit.report.types import Fidelity, SensitivityRow, Timing
+from quantkit.report.types import Fidelity, Report, SensitivityRow, Timing
 from tests.helpers.reports import bare, example, layer
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -133,6 +138,40 @@ def test_plans_that_no_other_beats() -> None:
     unknown = tuple(replace(row, latency=math.inf) for row in example().contenders)
     assert plan_data(example(contenders=unknown), "time") == []
     assert plan_data(example(contenders=(), front=example().front), "size") == []
+
+
+def other_unit() -> Report:
+    """By an estimator whose figures only compare layers."""
+    front = tuple(replace(row, estimator="hawq", quantity="mean Hessian trace", nats=False) for row in example().front)
+    rows = tuple(
+        replace(row, estimator="hawq", quantity="mean Hessian trace", nats=False) for row in example().sensitivities
+    )
+    return example(front=front, sensitivities=rows, predicted=None)
+
+
+def test_figures_in_another_unit_are_not_called_nats() -> None:
+    assert expects(example()) and speaks_nats(example()) and not expects(bare())
+    other = other_unit()
+    assert not expects(other) and not speaks_nats(other)
+    assert [row["kind"] for row in plan_data(other, "size")] == ["measured", "measured", "chosen"]
+    wanted = {
+        "nats": (example(), "sensitivity: loss with 4 bits, nats", "+ ' nats'"),
+        "other": (other, "sensitivity: loss with 4 bits, in the estimator's own unit", "'.3~g') : '-'"),
+    }
+    for report, title, expression in wanted.values():
+        spec = charts(report)["layers"]
+        assert title in [panel["title"] for panel in spec["vconcat"]]
+        (tip,) = (row["calculate"] for row in spec["transform"] if row["as"] == "tipSens")
+        assert expression in tip
+    assert "nats" not in json.dumps(charts(other)["layers"])
+    assert charts(other)["size"]["encoding"]["y"]["field"] == "loss"
+    assert not any(row["kind"] == "predicted" for row in charts(other)["size"]["data"]["values"])
+
+
+def test_predicted_against_measured() -> None:
+    assert loss_text(example()) == "predicted 0.02 nats per sample from the weights alone, measured 0.02"
+    assert loss_text(example(contenders=())) == "predicted 0.02 nats per sample from the weights alone"
+    assert loss_text(bare()) == ""
 
 
 def test_depth_rows() -> None:
