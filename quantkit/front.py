@@ -65,6 +65,6 @@ def save_front(result: Result, folder: Path) -> None:
         name = f"plan-{number:02d}.json"
         write_text(folder / name, plan_to_json(point_plan(result, point)))
         figures = {"estimated_size": point.size, "average_bits": point.average_bits, "loss": point.loss}
-        rows.append({"plan": name, **figures})
+        rows.append({"plan": name, **figures, "time": point.time})
     head = {"model": result.report.model, "estimator": by, "quantity": points[0].quantity, "nats": points[0].nats}
     write_text(folder / INDEX, json.dumps({**head, "points": rows}, indent=2) + "\n")

@@ -38,7 +38,7 @@ def test_the_front_is_written_and_applies(files: Path) -> None:
     index = json.loads((files / "front/front.json").read_text())
     points = index["points"]
     assert len(points) >= 3
-    assert set(points[0]) == {"plan", "estimated_size", "average_bits", "loss"}  # an estimate is called one
+    assert set(points[0]) == {"plan", "estimated_size", "average_bits", "loss", "time"}  # an estimate is called one
     sizes = [row["estimated_size"] for row in points]
     assert sizes == sorted(sizes)
     assert index["nats"] is True and index["quantity"].startswith("nats per sample")
@@ -97,6 +97,8 @@ def test_where_the_budget_leaves_nothing_to_choose_there_is_a_front_too(files: P
     raw = "salience" in options
     assert index["nats"] is not raw and (index["quantity"] == "relative squared output error") is raw
     assert len(list((files / "front").glob("plan-*.json"))) == len(sizes)
+    timed = "--max-latency" in options
+    assert all((row["time"] or 0) > 0 if timed else row["time"] is None for row in index["points"])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from quantkit.allocators._ilp import Limit, choose
-from quantkit.allocators._table import Unit, joined, limits, losses, predicted, sizes, weights_of
+from quantkit.allocators._ilp import Limit, choose, total
+from quantkit.allocators._table import Unit, joined, limits, losses, sizes, weights_of
 from quantkit.types import AllocationProblem, Array, Measurement
 
 SPREAD = 64.0
@@ -127,3 +127,8 @@ def clearly_better(one: Measurement, other: Measurement) -> bool:
         return one.loss < other.loss
     gains = np.subtract(second, first)
     return bool(gains.mean() > gains.std(ddof=1) / math.sqrt(len(gains)))
+
+
+def predicted(table: Sequence[Sequence[float]], choices: Sequence[Sequence[int]]) -> Array:
+    """Total loss of each choice."""
+    return np.array([total(table, choice) for choice in choices])

@@ -16,7 +16,7 @@ import numpy as np
 
 from quantkit.allocators._drop import smallest_within_drop
 from quantkit.allocators._ilp import Label, Limit, Solution, choose, infeasible, least, solve_choice, total
-from quantkit.types import AllocationProblem, Array, FloatArray, QuantSpec
+from quantkit.types import AllocationProblem, FloatArray, QuantSpec
 
 CAP = 2.0
 """What is not finite counts as this many times the largest finite loss: it must not flatten the rest."""
@@ -127,6 +127,7 @@ class Point:
         estimator: who predicted it.
         quantity: what `loss` is.
         nats: whether it is in nats per sample.
+        time: of the float model's, predicted; None where no budget asks for times.
     """
 
     size: int
@@ -136,6 +137,7 @@ class Point:
     estimator: str = ""
     quantity: str = NATS
     nats: bool = True
+    time: float | None = None
 
 
 def units_of(problem: AllocationProblem) -> tuple[Unit, ...]:
@@ -345,11 +347,13 @@ def front(
     for bound in np.linspace(total(size, low), total(size, best), steps):
         picked = choose(table, [*others, Limit(size, float(bound))])
         if picked is not None:
+            time = predicted_ms(problem, joined(units, picked))
             found[tuple(picked)] = Point(
                 int(total(size, picked)) + problem.fixed_size,
                 total(bits, picked) / weights,
                 total(table, picked),
                 joined(units, picked),
+                time=None if time is None else time / (problem.model_ms or 1.0),
             )
     kept: list[Point] = []
     for point in sorted(found.values(), key=lambda point: (point.size, point.loss)):
@@ -393,8 +397,3 @@ def scored(problem: AllocationProblem, units: Sequence[Unit], name: str, estimat
         problem.known[name] = estimator.scores(problem, units)
     found: Scores = problem.known[name]
     return found
-
-
-def predicted(table: Sequence[Sequence[float]], choices: Sequence[Sequence[int]]) -> Array:
-    """Total loss of each choice."""
-    return np.array([total(table, choice) for choice in choices])

@@ -24,7 +24,7 @@ from scipy import stats
 
 from quantkit.allocators._bisection import Bisection
 from quantkit.allocators._drop import SPARE_ERRORS
-from quantkit.allocators._judge import assignments, true_losses
+from quantkit.allocators._judge import assignments, predicted, true_losses
 from quantkit.allocators._pairs import choose_pairs, cost_of
 from quantkit.allocators._table import (
     Allocation,
@@ -36,7 +36,6 @@ from quantkit.allocators._table import (
     joined,
     limits,
     losses,
-    predicted,
     scored,
     units_of,
     weights_of,

@@ -198,7 +198,15 @@ def front_rows(allocation: Allocation) -> tuple[FrontRow, ...]:
     """The front with who predicted it: where its points do not say, the estimator that was believed."""
     first = next(iter(allocation.scores), "")
     return tuple(
-        FrontRow(point.size, point.average_bits, point.loss, point.estimator or first, point.quantity, point.nats)
+        FrontRow(
+            point.size,
+            point.average_bits,
+            point.loss,
+            point.estimator or first,
+            point.quantity,
+            point.nats,
+            point.time,
+        )
         for point in allocation.front
     )
 

@@ -78,9 +78,10 @@ def plan_data(report: Report, by: str) -> list[dict[str, Any]]:
             other measured one beats in both.
     """
     rows: list[dict[str, Any]] = []
-    for point in thinned(report.front) if by == "size" and expects(report) else ():
-        name, size = f"{point.average_bits:.2f} bits per weight", finite(point.estimated_size / 1e6)
-        rows.append({"kind": "predicted", "name": name, "size": size, "loss": finite(point.loss)})
+    for point in thinned(report.front) if expects(report) else ():
+        name = f"{point.average_bits:.2f} bits per weight"
+        figures = {"size": finite(point.estimated_size / 1e6), "time": point.time, "loss": finite(point.loss)}
+        rows.append({"kind": "predicted", "name": name, **figures})
     for plan in report.contenders:
         figures = {"size": finite(plan.size / 1e6), "time": finite(plan.latency), "loss": finite(plan.loss)}
         rows.append({"kind": "chosen" if plan.chosen else "measured", "name": plan.name, **figures})

@@ -197,6 +197,7 @@ class FrontRow:
         estimator: who predicted it.
         quantity: what it is.
         nats: whether it is in nats per sample.
+        time: of the float model's, predicted; None where no budget asked for times.
     """
 
     estimated_size: int
@@ -205,6 +206,7 @@ class FrontRow:
     estimator: str = ""
     quantity: str = "nats per sample"
     nats: bool = True
+    time: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from quantkit.allocators._ilp import Limit, Solution, solve_choice, total
+from quantkit.allocators._judge import predicted
 from quantkit.allocators._table import (
     CAP,
     DOUBT,
@@ -25,7 +26,6 @@ from quantkit.allocators._table import (
     joined,
     limits,
     losses,
-    predicted,
     predicted_ms,
     sizes,
     solve,

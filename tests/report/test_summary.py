@@ -137,6 +137,9 @@ def test_plans_that_no_other_beats() -> None:
     assert [row["time"] for row in by_time] == [0.6, 0.7, 0.5]
     unknown = tuple(replace(row, latency=math.inf) for row in example().contenders)
     assert plan_data(example(contenders=unknown), "time") == []
+    timed = tuple(replace(row, time=0.5 + place / 10) for place, row in enumerate(example().front))
+    expected = [row for row in plan_data(example(front=timed), "time") if row["kind"] == "predicted"]
+    assert [row["time"] for row in expected] == [row.time for row in timed] and len(expected) >= 2
     assert plan_data(example(contenders=(), front=example().front), "size") == []
 
 
