@@ -6,7 +6,7 @@ python -m benchmarks.allocation --model resnet20 --estimators 3 --out estimators
 
 All allocators share one calibration, one set of quantized weights and one way of emitting, so that only the widths
 differ. Losses are nats per sample on test data that no allocator saw. At whole bits everybody also has to stay within
-the bytes of the uniform file.
+the bytes of the uniform file; `slim`, asked once, goes by its estimate of them, and may be larger by a few nodes.
 """
 
 from __future__ import annotations

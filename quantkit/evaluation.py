@@ -10,14 +10,14 @@ from functools import cached_property
 import numpy as np
 
 from quantkit import metrics
-from quantkit.calibration.data import CalibrationData, InputSpec, open_calibration
+from quantkit.calibration.data import CalibrationData, InputSpec
 from quantkit.calibration.inputs import LABELS, label_spec
 from quantkit.calibration.request import EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.runtime.ort import Session, first_line
 from quantkit.types import Array
 from quantkit.userfunction import import_function
-from quantkit.verify import session_inputs
+from quantkit.verify import open_data, session_inputs
 
 PARTS = 20
 """Of the samples, for the jackknife: its own figure is then known to a sixth."""
@@ -118,28 +118,11 @@ def open_evaluation(request: EvaluationRequest, reference: Session) -> Evaluatio
     Raises:
         InputError: the data do not fit, no such metric, or the function cannot be imported.
     """
-    data = open_labelled(request, session_inputs(reference))
-    return Evaluation(data, _score(request.metric), reference, request.metric)
-
-
-def open_labelled(request: EvaluationRequest, inputs: Sequence[InputSpec]) -> CalibrationData:
-    """The data of a request: the inputs, and `labels` [samples, ...] where the data hold any.
-
-    Raises:
-        InputError: the data do not fit, or the metric needs labels and there are none.
-    """
+    inputs: Sequence[InputSpec] = session_inputs(reference)
     if needs_labels(request.metric) and all(spec.name != LABELS for spec in inputs):
         inputs = [*inputs, label_spec(inputs)]
-    asked = request.data
-    return open_calibration(
-        asked.source,
-        inputs,
-        preprocess=asked.preprocess,
-        tokenizer=asked.tokenizer,
-        batch_size=asked.batch_size,
-        max_samples=asked.max_samples,
-        labels=True,
-    )
+    data = open_data(request.data, inputs, labels=True)
+    return Evaluation(data, _score(request.metric), reference, request.metric)
 
 
 def _score(metric: str) -> Score:

@@ -168,9 +168,9 @@ def representative_feeds(feeds: Sequence[Feed]) -> list[Feed]:
 
 
 def open_data(
-    calibration: CalibrationRequest | CalibrationData | object, inputs: Sequence[InputSpec]
+    calibration: CalibrationRequest | CalibrationData | object, inputs: Sequence[InputSpec], *, labels: bool = False
 ) -> CalibrationData:
-    """Whatever the caller has, as calibration data for these inputs."""
+    """Whatever the caller has, as calibration data for these inputs; with `labels`, also those beside them."""
     if isinstance(calibration, CalibrationData):
         return calibration
     if isinstance(calibration, CalibrationRequest):
@@ -181,5 +181,6 @@ def open_data(
             tokenizer=calibration.tokenizer,
             batch_size=calibration.batch_size,
             max_samples=calibration.max_samples,
+            labels=labels,
         )
-    return open_calibration(calibration, inputs)
+    return open_calibration(calibration, inputs, labels=labels)

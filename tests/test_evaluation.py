@@ -6,11 +6,13 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import quantkit
 from quantkit.calibration.request import CalibrationRequest, EvaluationRequest
 from quantkit.errors import InputError
 from quantkit.evaluation import (
@@ -22,6 +24,7 @@ from quantkit.evaluation import (
 )
 from quantkit.runtime.ort import Session, make_session
 from quantkit.types import Array, FloatArray
+from tests.helpers import models
 
 WEIGHT: FloatArray = np.random.default_rng(1).standard_normal((6, 4)).astype(np.float32)
 
@@ -295,3 +298,12 @@ def test_the_error_of_an_agreement() -> None:
     assert agreement_error({"z": rows}, {"z": other}) == pytest.approx(np.std(cosines) / math.sqrt(10), rel=1e-4)
     assert agreement_error({"y": wanted}, {"y": got[:3]}) == 0.0  # shapes differ: nothing is known
     assert agreement_error({"ids": np.arange(3)}, {"ids": np.arange(3)}) == 0.0
+
+
+def test_arrays_in_memory_are_evaluation_data_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As with calibration data, not only what the command line can name."""
+    models.quick(monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data: Any = {**models.images(12), "labels": np.arange(12) % 10}
+    report = quantkit.compress(models.cnn(), evaluation=EvaluationRequest(data, "top1"), quantizer="rtn").report
+    assert report.accuracy is not None and report.accuracy.samples == 12

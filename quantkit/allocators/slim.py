@@ -76,8 +76,8 @@ class Slim:
     def _within(self, problem: AllocationProblem, average: float) -> dict[str, QuantSpec]:
         """The least predicted loss up to an average width within size, bit operations and predicted time.
 
-        Operations and time depend on what a whole layer is stored as, so they do not add up over groups: the average is
-        halved towards the narrowest width until they hold. A time that the narrowest misses too is left to the forms.
+        Operations and time depend on what a whole layer is stored as, so they do not add up over groups: the largest
+        average at which they hold is found by bisection. A time that the narrowest misses too is left to the forms.
         """
         found = self._at(problem, average)
         if _computes_within(problem, found):

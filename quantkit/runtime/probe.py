@@ -172,6 +172,6 @@ class _Walk:
             for known in self._values:
                 feed = {name: operands.get(name, known.get(name)) for name in session.input_names}
                 done = session.run({name: value for name, value in feed.items() if value is not None})
-                outputs.append({name: done.get(name, known.get(name)) for name in self._outputs})
-            found.append(probe.divergence.mean(probe.reference, outputs))  # type: ignore[arg-type]
+                outputs.append({name: done[name] if name in done else known[name] for name in self._outputs})
+            found.append(probe.divergence.mean(probe.reference, outputs))
         return found
